@@ -1,0 +1,42 @@
+"""A mixture of experts: one router, its experts, and the decision that joins them."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from tiny_onn.routing.experts import GroupedExperts
+from tiny_onn.routing.routers import route
+
+
+class MixtureOfExperts(nn.Module):
+    """One routed site of a model: each token is computed by the ``num_experts_per_tok`` experts
+    its router prefers.
+
+    The module is what ties a router to its experts: routing shaping finds the sites of a model by
+    looking for this class, and reads ``site.experts`` for the costs of ``site.router``'s choices.
+
+    Args:
+        router: maps tokens ``[N, D]`` to raw logits ``[N, E]``.
+        experts: the E experts.
+        num_experts_per_tok: K, between 1 and E (K = E is a soft mixture).
+    """
+
+    def __init__(
+        self, router: nn.Module, experts: GroupedExperts, num_experts_per_tok: int
+    ) -> None:
+        super().__init__()
+        if not 1 <= num_experts_per_tok <= experts.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok must be between 1 and num_experts={experts.num_experts}. "
+                f"Got {num_experts_per_tok}"
+            )
+        self.router = router
+        self.experts = experts
+        self.num_experts_per_tok = num_experts_per_tok
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map ``[..., D]`` to ``[..., O]``."""
+        x_ND = hidden_states.reshape(-1, hidden_states.shape[-1])
+        routing = route(self.router(x_ND), self.num_experts_per_tok)
+        y_NO = self.experts(x_ND, routing.indices, routing.weights)
+        return y_NO.view(*hidden_states.shape[:-1], y_NO.shape[-1])
