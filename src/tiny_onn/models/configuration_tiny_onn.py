@@ -1,0 +1,112 @@
+"""The configuration of a Tiny-ONN model: the library's field names, plus a few of ours."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+@strict
+class TinyOnnConfig(PreTrainedConfig):
+    """Sizes and switches of a Tiny-ONN model; every default makes a small working model.
+
+    Attributes:
+        vocab_size: number of tokens; the ARC vocabulary has 16.
+        hidden_size: D, width of the residual stream.
+        num_hidden_layers: number of blocks (attention, then experts).
+        num_attention_heads: H; the head width is ``head_dim``, by default D / H, and even.
+        num_key_value_heads: heads of the keys and values, by default H.
+        num_experts: E, experts of every routed projection.
+        num_experts_per_tok: K, experts computed for each token.
+        moe_intermediate_size: width of one SwiGLU expert.
+        router: which router chooses the experts, a key of ``tiny_onn.routing.ROUTERS``.
+        position_type: ``"grid"`` rotates queries and keys by (row, column, grid), which follow
+            from the tokens; ``"sequence"`` makes an ordinary causal language model.
+        num_tasks: rows of the task embedding, 0 for none.
+        num_symmetries: rows of the symmetry embedding, 0 for none.
+        row_end_token_id, grid_token_ids: the tokens that end a row and that start a grid.
+        rope_parameters: ``rope_theta`` and ``rope_type`` (only ``"default"``).
+        hidden_dropout: dropout on the output of attention and experts, in training.
+        router_aux_loss_coef: weight of the library's load-balancing loss when router logits are
+            asked for; 0 leaves the shaping of routes to ``tiny_onn.shaping``.
+    """
+
+    model_type = "tiny_onn"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 16
+    hidden_size: int = 128
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    num_experts: int = 4
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int = 128
+    router: str = "mlp"
+    position_type: Literal["grid", "sequence"] = "grid"
+    num_tasks: int = 0
+    num_symmetries: int = 8
+    num_recurrences: int = 1
+    row_end_token_id: int = 10
+    grid_token_ids: list[int] | tuple[int, ...] = (11, 12)
+    max_position_embeddings: int = 4096
+    rope_parameters: dict[str, Any] | None = None
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    hidden_dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    output_router_logits: bool = False
+    router_aux_loss_coef: float | int = 0.0
+    pad_token_id: int | None = 14
+    bos_token_id: int | None = 11
+    eos_token_id: int | list[int] | None = 13
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.rope_parameters is None:
+            theta = 100.0 if self.position_type == "grid" else 10_000.0
+            self.rope_parameters = {"rope_type": "default", "rope_theta": theta}
+        self.grid_token_ids = list(self.grid_token_ids)
+        super().__post_init__(**kwargs)
+
+    def validate_sizes(self) -> None:
+        """Refuse sizes that no model can be built from, naming the field, the bound and the value.
+
+        Raises:
+            ValueError: what a user must mend.
+        """
+        from tiny_onn.routing import ROUTERS
+
+        if self.router not in ROUTERS:
+            raise ValueError(f"router must be one of {', '.join(ROUTERS)}. Got {self.router!r}")
+        positive = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        for name in (*positive, "num_experts", "moe_intermediate_size", "num_recurrences"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1. Got {getattr(self, name)}")
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok must be between 1 and num_experts={self.num_experts}. "
+                f"Got {self.num_experts_per_tok}"
+            )
+        if self.num_recurrences != 1:
+            raise ValueError(f"num_recurrences must be 1 so far. Got {self.num_recurrences}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads. Got {self.num_key_value_heads}"
+            )
+        least = 8 if self.position_type == "grid" else 2
+        if self.head_dim % 2 or self.head_dim < least:
+            raise ValueError(f"head_dim must be even and at least {least}. Got {self.head_dim}")
+        if self.rope_parameters.get("rope_type") != "default":
+            raise ValueError(
+                f"rope_parameters['rope_type'] must be 'default'. Got {self.rope_parameters}"
+            )

@@ -1,0 +1,408 @@
+"""The Tiny-ONN transformer: attention and feed-forward blocks whose projections are experts.
+
+Shapes: B batch, T tokens, D hidden size, H query heads, G key/value heads, C head width,
+E experts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from tiny_onn.models.configuration_tiny_onn import TinyOnnConfig
+from tiny_onn.models.positions import grid_positions
+from tiny_onn.routing import ROUTERS, GroupedExperts, MixtureOfExperts
+from tiny_onn.routing.routers import Router, load_balancing_loss
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention in plain matrix products; the quickest form on a CPU for rows of a few hundred
+    tokens.
+
+    Args:
+        query: ``[B, H, T, C]``; key and value: ``[B, G, S, C]``.
+        attention_mask: additive, broadcastable to ``[B, H, T, S]``, or None.
+
+    Returns:
+        The mixed values ``[B, T, H, C]`` and the attention weights ``[B, H, T, S]``.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = (query * scaling) @ key.transpose(-2, -1)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.dropout(scores.softmax(dim=-1), dropout, module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+def rotate(x_BHTC: Tensor, cos_BTC: Tensor, sin_BTC: Tensor) -> Tensor:
+    """Rotate each pair (first half, second half) of the heads by the angles of its token."""
+    first, second = x_BHTC.chunk(2, dim=-1)
+    cos, sin = cos_BTC[:, None], sin_BTC[:, None]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class TinyOnnRotaryEmbedding(nn.Module):
+    """Cosines and sines ``[B, T, C/2]`` of positions along one axis or three.
+
+    With ``position_type="grid"`` the C/2 rotated pairs are divided among row, column and grid in
+    the ratio 3 : 3 : 2, each with its own geometric ladder of frequencies.
+    """
+
+    def __init__(self, config: TinyOnnConfig) -> None:
+        super().__init__()
+        pairs = config.head_dim // 2
+        along = max(1, pairs * 3 // 8)
+        grid = config.position_type == "grid"
+        self.pairs_per_axis = (along, along, pairs - 2 * along) if grid else (pairs,)
+        self.theta = float(config.rope_parameters["rope_theta"])
+
+    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Angles for positions ``[axes, B, T]``."""
+        angles = [
+            position[..., None].float() * self._frequencies(pairs, position.device)
+            for position, pairs in zip(position_ids, self.pairs_per_axis, strict=True)
+        ]
+        angles_BTC = torch.cat(angles, dim=-1)
+        return angles_BTC.cos().to(dtype), angles_BTC.sin().to(dtype)
+
+    def _frequencies(self, pairs: int, device: torch.device) -> Tensor:
+        return self.theta ** -(torch.arange(pairs, device=device, dtype=torch.float32) / pairs)
+
+
+class TinyOnnAttention(nn.Module):
+    """Causal self-attention whose query, key and value projections are routed experts.
+
+    One decision per token serves all three: an expert is a coherent way of asking, offering and
+    answering, and its three matrices lie in one ``[E, (H + 2G) C, D]`` tensor, one grouped product.
+    """
+
+    def __init__(self, config: TinyOnnConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_heads = config.num_attention_heads
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        self.heads = (self.num_heads, config.num_key_value_heads, config.num_key_value_heads)
+        self.qkv = _mixture(config, output_size=sum(self.heads) * self.head_dim)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mix ``[B, T, D]`` over time; returns it with the attention weights, if there are any."""
+        batch, length, _ = hidden_states.shape
+        qkv = self.qkv(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        query_key, value = qkv.split([self.heads[0] + self.heads[1], self.heads[2]], dim=1)
+        query, key = rotate(query_key, *position_embeddings).split(self.heads[:2], dim=1)
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        mixed, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            **kwargs,
+        )
+        return self.o_proj(mixed.reshape(batch, length, -1)), weights
+
+
+class TinyOnnDecoderLayer(GradientCheckpointingLayer):
+    """Attention, then experts, each on the normalised stream and added back to it."""
+
+    def __init__(self, config: TinyOnnConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = TinyOnnAttention(config, layer_idx)
+        self.mlp = _mixture(config, intermediate_size=config.moe_intermediate_size)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hidden_dropout = float(config.hidden_dropout)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """Map ``[B, T, D]`` to ``[B, T, D]``."""
+        mixed, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + self._drop(mixed)
+        computed = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + self._drop(computed)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.hidden_dropout, self.training) if self.hidden_dropout else x
+
+
+class TinyOnnPreTrainedModel(PreTrainedModel):
+    """What the library asks of every model: its capabilities and its initialisation."""
+
+    config_class = TinyOnnConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TinyOnnDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {
+        "router_logits": OutputRecorder(Router, index=0),
+        "hidden_states": TinyOnnDecoderLayer,
+        "attentions": OutputRecorder(TinyOnnAttention, index=1),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (GroupedExperts, Router)):
+            module.reset_parameters()
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+
+
+class TinyOnnModel(TinyOnnPreTrainedModel):
+    """The stack of blocks between token embedding and final norm."""
+
+    def __init__(self, config: TinyOnnConfig) -> None:
+        super().__init__(config)
+        width = config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, width)
+        self.embed_tasks = nn.Embedding(config.num_tasks, width) if config.num_tasks else None
+        self.embed_symmetries = (
+            nn.Embedding(config.num_symmetries, width) if config.num_symmetries else None
+        )
+        self.layers = nn.ModuleList(
+            TinyOnnDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
+        self.norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
+        self.rotary_emb = TinyOnnRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        task_ids: Tensor | None = None,
+        symmetry_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> MoeModelOutputWithPast:
+        """Hidden states ``[B, T, D]`` of tokens ``[B, T]``.
+
+        Args:
+            position_ids: ``[3, B, T]`` (row, column, grid) or ``[B, T]``; by default they are read
+                off the tokens (``position_type="grid"``) or counted from 0.
+            task_ids, symmetry_ids: ``[B]`` or ``[B, T]``; rows of their embeddings, added to every
+                token's. None adds nothing.
+            segment_ids: ``[B, T]``, the sequence each token of a packed row belongs to: tokens
+                attend within their segment only.
+
+        Raises:
+            ValueError: unless exactly one of ``input_ids`` and ``inputs_embeds`` is given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            position_ids = self._positions(input_ids, inputs_embeds, past_key_values)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            and_mask_function=None if segment_ids is None else _same_segment(segment_ids),
+        )
+        hidden_states = inputs_embeds
+        for ids, embed in ((task_ids, self.embed_tasks), (symmetry_ids, self.embed_symmetries)):
+            if ids is not None and embed is not None:
+                embedded = embed(ids)
+                hidden_states = hidden_states + (embedded[:, None] if ids.ndim == 1 else embedded)
+        position_embeddings = self.rotary_emb(self._axes(position_ids), hidden_states.dtype)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=causal_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return MoeModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+        )
+
+    def token_positions(self, input_ids: Tensor) -> Tensor:
+        """Positions ``[3, B, T]`` of whole sequences of tokens ``[B, T]`` (see
+        :func:`~tiny_onn.models.positions.grid_positions`)."""
+        config = self.config
+        blank = (config.eos_token_id, config.pad_token_id)
+        return grid_positions(
+            input_ids,
+            row_end_token_id=config.row_end_token_id,
+            grid_token_ids=config.grid_token_ids,
+            blank_token_ids=[i for i in blank if isinstance(i, int)],
+        )
+
+    def _positions(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor, cache: Cache | None
+    ) -> Tensor:
+        """Positions of the new tokens, from the tokens; a cache remembers those it has seen."""
+        batch, length, _ = inputs_embeds.shape
+        seen = 0 if cache is None else int(cache.get_seq_length())
+        if self.config.position_type == "sequence" or input_ids is None:
+            steps = torch.arange(seen, seen + length, device=inputs_embeds.device)
+            return steps.expand(batch, length)
+        if cache is None:
+            return self.token_positions(input_ids)
+        history = getattr(cache, "seen_input_ids", input_ids[:, :0])
+        if history.shape != (batch, seen):
+            raise ValueError(
+                "The cache was filled by a call that gave its own position_ids (or was reordered), "
+                "so positions can't be read off the tokens: give position_ids of shape [3, B, T]"
+            )
+        cache.seen_input_ids = torch.cat([history, input_ids], dim=1)
+        return self.token_positions(cache.seen_input_ids)[..., seen:]
+
+    def _axes(self, position_ids: Tensor) -> Tensor:
+        """Positions as ``[axes, B, T]``; a single axis stands for the columns of a grid model."""
+        axes = len(self.rotary_emb.pairs_per_axis)
+        if position_ids.ndim == 3:
+            return position_ids[:axes]
+        if axes == 1:
+            return position_ids[None]
+        zeros = torch.zeros_like(position_ids)
+        return torch.stack([zeros, position_ids, zeros])
+
+
+class TinyOnnForCausalLM(TinyOnnPreTrainedModel, GenerationMixin):
+    """The model with its language head: next-token logits, loss and generation."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: TinyOnnConfig) -> None:
+        super().__init__(config)
+        self.model = TinyOnnModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        task_ids: Tensor | None = None,
+        symmetry_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast:
+        """Logits ``[B, T, V]`` (or of the last ``logits_to_keep`` tokens), and the loss for
+        ``labels [B, T]`` (shifted inside, -100 is ignored); see :class:`TinyOnnModel`."""
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            task_ids=task_ids,
+            symmetry_ids=symmetry_ids,
+            segment_ids=segment_ids,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = aux_loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+        if output_router_logits and self.config.router_aux_loss_coef:
+            aux_loss = load_balancing_loss(
+                outputs.router_logits, self.config.num_experts_per_tok, attention_mask
+            )
+            if loss is not None:
+                loss = loss + self.config.router_aux_loss_coef * aux_loss
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Add the positions that follow from all tokens so far; the library slices them."""
+        if self.config.position_type == "grid" and kwargs.get("inputs_embeds") is None:
+            kwargs["position_ids"] = self.model.token_positions(input_ids)
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+
+
+def _mixture(config: TinyOnnConfig, **sizes: int) -> MixtureOfExperts:
+    return MixtureOfExperts(
+        ROUTERS[config.router](config.hidden_size, config.num_experts),
+        GroupedExperts(config.num_experts, config.hidden_size, **sizes),
+        config.num_experts_per_tok,
+    )
+
+
+def _same_segment(segment_ids_BT: Tensor) -> Callable[..., Tensor]:
+    def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return segment_ids_BT[batch, query] == segment_ids_BT[batch, key]
+
+    return mask
