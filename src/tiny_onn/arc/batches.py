@@ -131,29 +131,26 @@ class DemonstrationStream:
         self._next, self._waiting = int(state["next"]), [int(i) for i in state["waiting"]]
 
     def next_batch(self) -> Batch:
-        """Fill the rows: first with the samples that wait, then from the stream, best fit first.
-
-        A sample without room waits for the next batch; the batch is closed once 24 wait.
-        """
-        rows: list[list[_Sequence]] = [[] for _ in range(self.rows)]
+        """Fill the rows from enough samples for all their room: the longest first, each into the
+        fullest row that takes it. A sample without room waits for the next batch."""
         room = np.full(self.rows, self.row_tokens)
-        waiting, still = self._waiting, []
-        while len(still) < 24:
-            index = waiting.pop(0) if waiting else self._take()
-            sequence = self._sample(index)
-            fits = np.where(room >= len(sequence.ids), room, np.iinfo(np.int64).max)
-            row = int(fits.argmin())
-            if room[row] < len(sequence.ids):
-                still.append(index)
+        rows: list[list[_Sequence]] = [[] for _ in range(self.rows)]
+        pool = [(i, self._sample(i)) for i in self._waiting]
+        missing = room.sum() - sum(len(sequence.ids) for _, sequence in pool)
+        while missing > 0:
+            pool.append((self._next, self._sample(self._next)))
+            missing -= len(pool[-1][1].ids)
+            self._next += 1
+        self._waiting = []
+        for index, sequence in sorted(pool, key=lambda item: -len(item[1].ids)):
+            length = len(sequence.ids)
+            row = int(np.where(room >= length, room, np.iinfo(room.dtype).max).argmin())
+            if room[row] < length:
+                self._waiting.append(index)
                 continue
             rows[row].append(sequence)
-            room[row] -= len(sequence.ids)
-        self._waiting = still + waiting
+            room[row] -= length
         return _pack(rows, self.row_tokens)
-
-    def _take(self) -> int:
-        self._next += 1
-        return self._next - 1
 
     def _sample(self, index: int) -> _Sequence:
         """The sequence of sample ``index``: its target pair last, others of its task before it."""

@@ -30,14 +30,19 @@ class DecodeConfig:
         views: views of each test input: the eight symmetries, then colour permutations of them.
         context_pairs: demonstrations before the test input in the prompt.
         batch_tokens: most tokens decoded side by side, prompts and answers together.
+        rescored: how many of the most voted answers are ranked by their probability under all of
+            the first ``rescoring_views`` views; with 0 views the votes decide.
     """
 
     views: int = 64
     context_pairs: int = 0
     batch_tokens: int = 32_768
+    rescored: int = 6
+    rescoring_views: int = 16
 
     def __post_init__(self) -> None:
-        for name, least in (("views", 1), ("context_pairs", 0), ("batch_tokens", 1)):
+        bounds = (("views", 1), ("context_pairs", 0), ("batch_tokens", 1), ("rescored", 0))
+        for name, least in (*bounds, ("rescoring_views", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}. Got {getattr(self, name)}")
 

@@ -1,0 +1,198 @@
+"""A training run: batches, schedule, trainer and metrics, with a state that can be saved.
+
+The run is what a checkpoint holds: restored, it goes on with the same batches, rates and dropout
+masks as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tiny_onn.arc.batches import DemonstrationStream
+from tiny_onn.arc.checkpoints import Checkpoints
+from tiny_onn.arc.recipe import Recipe, set_learning_rates
+from tiny_onn.arc.schedule import Schedule
+from tiny_onn.arc.tasks import Task
+from tiny_onn.arc.trainer import ARCTrainer, StepResult
+
+Metrics = dict[str, Any]
+ROUTES_EVERY = 10
+"""Steps between two looks at the routes, which cost a few milliseconds."""
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on, with what to do about it."""
+
+
+class TrainingRun:
+    """Joint training of one model on the demonstrations of some tasks.
+
+    Args:
+        tasks: the i-th task gets row i of the task embedding.
+        recipe: all settings.
+        device: where the model lives.
+
+    Attributes:
+        model: the model; metrics: the last step's figures.
+        seconds: training time so far; tokens: tokens trained on so far, without padding.
+    """
+
+    def __init__(self, tasks: Sequence[Task], recipe: Recipe, device: str = "cpu") -> None:
+        self.recipe = recipe
+        self.model = recipe.model.build(len(tasks), recipe.seed)
+        self.stream = DemonstrationStream(tasks, recipe.batches, recipe.seed)
+        # Plain matrix products beat the fused kernel on a CPU while rows are short.
+        short = device == "cpu" and self.stream.row_tokens <= 256
+        self.model.set_attn_implementation("eager" if short else "sdpa")
+        self.model.to(device)
+        self.optimizer = recipe.optimizer.build(self.model)
+        self.trainer = ARCTrainer(
+            self.model,
+            self.optimizer,
+            recipe.shaping.build(self.model),
+            seed=recipe.seed,
+            clip=recipe.training.clip,
+            precision=recipe.training.precision,
+        )
+        self.schedule = Schedule(recipe.schedule)
+        self.seconds = 0.0
+        self.tokens = 0
+        self.passes = 0
+        self.bad_steps = 0
+        self._bad_in_a_row = 0
+
+    @property
+    def step(self) -> int:
+        """Number of steps taken."""
+        return self.trainer.step
+
+    @property
+    def finished(self) -> bool:
+        """Whether the schedule has run out."""
+        return self.schedule.finished(self.step)
+
+    @property
+    def progress(self) -> float:
+        """How much of the run is over, 0-1."""
+        return self.schedule.progress(self.step, self.seconds)
+
+    def train(self, checkpoints: Checkpoints | None = None) -> Iterator[Metrics]:
+        """Train to the end of the schedule, yielding each step's metrics.
+
+        Raises:
+            TrainingError: after ``max_bad_steps`` steps in a row that were not finite.
+        """
+        every = self.recipe.training.checkpoint_every
+        while not self.finished:
+            yield self._advance()
+            if checkpoints is not None and every and self.step % every == 0 and not self.finished:
+                self.save(checkpoints)
+        if checkpoints is not None:
+            self.save(checkpoints)
+
+    def save(self, checkpoints: Checkpoints) -> Path:
+        """Save a checkpoint of this very moment."""
+        return checkpoints.save(self.step, self.model, self.optimizer, self._state())
+
+    def restore(self, checkpoints: Checkpoints, path: Path) -> None:
+        """Go on from a checkpoint of the same recipe and tasks."""
+        state = checkpoints.restore(path, self.model, self.optimizer)
+        self.trainer.step = int(state["step"])
+        self.stream.load_state_dict(state["stream"])
+        self.schedule.load_state_dict(state["schedule"])
+        for name in ("seconds", "tokens", "passes", "bad_steps"):
+            setattr(self, name, state[name])
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "stream": self.stream.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+            "passes": self.passes,
+            "bad_steps": self.bad_steps,
+        }
+
+    def _advance(self) -> Metrics:
+        start = time.perf_counter()
+        self.schedule.update(self.step, self.seconds)
+        factor = self.schedule.factor(self.step)
+        set_learning_rates(self.optimizer, factor)
+        batch = self.stream.next_batch().to(self.model.device)
+        result = self.trainer.train_step(batch)
+        elapsed = time.perf_counter() - start
+        self.seconds += elapsed
+        self.tokens += batch.real_tokens
+        self.passes += result.passes
+        self._count_bad(result)
+        metrics: Metrics = {
+            "step": self.step,
+            "loss": result.loss,
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 4),
+            "tokens_per_second": round(batch.real_tokens / elapsed, 1),
+            "padding": round(1 - batch.real_tokens / batch.input_ids.numel(), 4),
+            "accuracy": result.accuracy,
+            "shaping": result.shaping,
+            "shaping_share": result.shaping / result.loss if result.loss else 0.0,
+            "grad_norm": result.grad_norm,
+            "lr": self.recipe.optimizer.lr * factor,
+            "sync_rate": round(self.passes / self.step - 1, 4),
+        }
+        if result.skipped:
+            metrics |= {"skipped": True, "loss": None, "shaping": None, "shaping_share": None}
+            metrics["grad_norm"] = None
+        elif self.step % ROUTES_EVERY == 1:
+            metrics |= self.trainer.routing()._asdict()
+        return metrics
+
+    def _count_bad(self, result: StepResult) -> None:
+        self.bad_steps += result.skipped
+        self._bad_in_a_row = self._bad_in_a_row + 1 if result.skipped else 0
+        if self._bad_in_a_row >= self.recipe.training.max_bad_steps:
+            raise TrainingError(
+                f"loss or gradient was not finite in {self._bad_in_a_row} steps in a row, up to "
+                f"step {self.step}. The last good checkpoint is kept; try a lower optimizer.lr"
+            )
+
+
+class MetricsLog:
+    """``metrics.jsonl``: one object per step, each step once, also over interruptions."""
+
+    def __init__(self, path: Path, resume_step: int = 0) -> None:
+        """Open for appending after ``resume_step``; what was logged beyond it is dropped."""
+        kept = [row for row in read_metrics(path) if row["step"] <= resume_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        temporary.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, metrics: Metrics) -> None:
+        """Append one step."""
+        self._file.write(json.dumps(metrics) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[Metrics]:
+    """The whole lines of a metrics file; a last line that was cut short is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+StepObserver = Callable[[TrainingRun, Metrics], None]
