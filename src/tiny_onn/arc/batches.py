@@ -54,7 +54,9 @@ class BatchConfig:
         if not 0 <= self.identity_colours <= 1:
             raise ValueError(f"identity_colours must be in 0-1. Got {self.identity_colours}")
         if self.difference_weight < 0:
-            raise ValueError(f"difference_weight must not be negative. Got {self.difference_weight}")
+            raise ValueError(
+                f"difference_weight must not be negative. Got {self.difference_weight}"
+            )
 
 
 @dataclass(frozen=True)
@@ -176,10 +178,7 @@ class DemonstrationStream:
     def _encode_task(self, task: Task) -> list[list[tuple[np.ndarray, np.ndarray]]]:
         """Tokens and weights of each demonstration under each symmetry: [symmetry][pair]."""
         return [
-            [
-                _encode(_turned(pair, symmetry), self.config.difference_weight)
-                for pair in task.train
-            ]
+            [_encode(_turned(pair, symmetry), self.config.difference_weight) for pair in task.train]
             for symmetry in range(len(SYMMETRIES))
         ]
 

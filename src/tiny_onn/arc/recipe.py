@@ -96,6 +96,7 @@ class OptimizerRecipe:
             sam=self.sam,
             rho=self.rho,
             sync_every=self.sync_every,
+            ns_dtype="auto",
         )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+DEFAULT_MINUTES = 8.0
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
@@ -12,19 +14,18 @@ class ScheduleConfig:
 
     Attributes:
         steps: optimizer steps of the whole run, or None.
-        minutes: wall-clock minutes of training, or None. With both, what runs out first ends it.
+        minutes: wall-clock minutes of training, or None. With both, what runs out first ends it;
+            with neither the run takes 8 minutes.
         warmup_steps: steps over which the rate rises linearly.
         cooldown: share of the run over which the rate falls linearly to zero.
     """
 
     steps: int | None = None
-    minutes: float | None = 8.0
+    minutes: float | None = None
     warmup_steps: int = 20
     cooldown: float = 0.2
 
     def __post_init__(self) -> None:
-        if self.steps is None and self.minutes is None:
-            raise ValueError("steps and minutes are both missing: give one of them")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1. Got {self.steps}")
         if self.minutes is not None and self.minutes <= 0:
@@ -45,6 +46,8 @@ class Schedule:
 
     def __init__(self, config: ScheduleConfig) -> None:
         self.config = config
+        unlimited = config.steps is None and config.minutes is None
+        self.minutes = DEFAULT_MINUTES if unlimited else config.minutes
         self.end: int | None = config.steps
         self.cooldown_start: int | None = None
 
@@ -59,8 +62,8 @@ class Schedule:
         """How much of the run is over, 0-1."""
         if self.cooldown_start is not None and self.end is not None:
             return min(1.0, step / self.end)
-        minutes, steps = self.config.minutes, self.config.steps
-        by_clock = seconds / (60 * minutes) if minutes else 0.0
+        steps = self.config.steps
+        by_clock = seconds / (60 * self.minutes) if self.minutes else 0.0
         return max(by_clock, step / steps if steps else 0.0)
 
     def finished(self, step: int) -> bool:
@@ -84,8 +87,8 @@ class Schedule:
 
     def _by_steps(self, step: int, seconds: float) -> bool:
         assert self.config.steps is not None
-        minutes = self.config.minutes
-        return minutes is None or step / self.config.steps >= seconds / (60 * minutes)
+        by_clock = seconds / (60 * self.minutes) if self.minutes else 0.0
+        return step / self.config.steps >= by_clock
 
     def _cooldown_per_step(self) -> float:
         """Cool-down steps for each step before it."""

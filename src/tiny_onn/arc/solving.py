@@ -32,6 +32,7 @@ class Solution:
         candidates: all answers of the votes, the attempts first, by task id and test input.
         train_seconds, decode_seconds: wall-clock time of the two halves.
         steps, tokens: optimizer steps, and tokens trained on, without padding.
+        padding: share of the computed tokens that were padding.
         parameters: size of the model.
     """
 
@@ -41,6 +42,7 @@ class Solution:
     decode_seconds: float
     steps: int
     tokens: int
+    padding: float
     parameters: int
 
     @property
@@ -89,6 +91,7 @@ def solve(
         decode_seconds=time.perf_counter() - start,
         steps=run.step,
         tokens=run.tokens,
+        padding=1 - run.tokens / run.computed_tokens if run.computed_tokens else 0.0,
         parameters=sum(p.numel() for p in run.model.parameters()),
     )
 
@@ -104,7 +107,9 @@ def _train(
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         checkpoints = Checkpoints(out / "checkpoint")
-        newest = checkpoints.latest() if resume else None
+        if not resume:
+            checkpoints.clear()
+        newest = checkpoints.latest()
         if newest is not None:
             run.restore(checkpoints, newest)
         log = MetricsLog(out / "metrics.jsonl", run.step)

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from tiny_onn.arc.batches import Batch
 from tiny_onn.arc.losses import arc_loss, shift, token_accuracy
 from tiny_onn.models import TinyOnnForCausalLM
+from tiny_onn.optim.newton_schulz import auto_dtype
 from tiny_onn.shaping import RoutingShaper, RoutingStatistics, routing_statistics
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -150,10 +151,6 @@ class ARCTrainer:
 
 def uses_bfloat16(precision: Precision, device: torch.device) -> bool:
     """Whether to compute in bfloat16: where asked to, or where the hardware does so natively."""
-    if precision != "auto":
-        return precision == "bfloat16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    # torch has no public question for this; where it is gone, float32 is right, only slower.
-    native = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return device.type == "cpu" and any(getattr(torch.cpu, ask, bool)() for ask in native)
+    if precision == "auto":
+        return auto_dtype(device) == torch.bfloat16
+    return precision == "bfloat16"

@@ -24,6 +24,9 @@ ROUTES_EVERY = 10
 """Steps between two looks at the routes, which cost a few milliseconds."""
 
 
+_COUNTERS = ("seconds", "tokens", "computed_tokens", "passes", "bad_steps")
+
+
 class TrainingError(RuntimeError):
     """A run that cannot go on, with what to do about it."""
 
@@ -38,11 +41,13 @@ class TrainingRun:
 
     Attributes:
         model: the model; metrics: the last step's figures.
-        seconds: training time so far; tokens: tokens trained on so far, without padding.
+        seconds: training time so far; tokens: tokens trained on so far, without padding;
+        computed_tokens: the same with padding.
     """
 
     def __init__(self, tasks: Sequence[Task], recipe: Recipe, device: str = "cpu") -> None:
         self.recipe = recipe
+        self.task_ids = [task.id for task in tasks]
         self.model = recipe.model.build(len(tasks), recipe.seed)
         self.stream = DemonstrationStream(tasks, recipe.batches, recipe.seed)
         # Plain matrix products beat the fused kernel on a CPU while rows are short.
@@ -61,6 +66,7 @@ class TrainingRun:
         self.schedule = Schedule(recipe.schedule)
         self.seconds = 0.0
         self.tokens = 0
+        self.computed_tokens = 0
         self.passes = 0
         self.bad_steps = 0
         self._bad_in_a_row = 0
@@ -101,21 +107,25 @@ class TrainingRun:
     def restore(self, checkpoints: Checkpoints, path: Path) -> None:
         """Go on from a checkpoint of the same recipe and tasks."""
         state = checkpoints.restore(path, self.model, self.optimizer)
+        if state["task_ids"] != self.task_ids:
+            raise ValueError(
+                f"{path} was trained on other tasks: {len(state['task_ids'])} of them, "
+                f"{len(set(state['task_ids']) & set(self.task_ids))} in common with the "
+                f"{len(self.task_ids)} chosen now"
+            )
         self.trainer.step = int(state["step"])
         self.stream.load_state_dict(state["stream"])
         self.schedule.load_state_dict(state["schedule"])
-        for name in ("seconds", "tokens", "passes", "bad_steps"):
+        for name in _COUNTERS:
             setattr(self, name, state[name])
 
     def _state(self) -> dict[str, Any]:
         return {
             "step": self.step,
+            "task_ids": self.task_ids,
             "stream": self.stream.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "seconds": self.seconds,
-            "tokens": self.tokens,
-            "passes": self.passes,
-            "bad_steps": self.bad_steps,
+            **{name: getattr(self, name) for name in _COUNTERS},
         }
 
     def _advance(self) -> Metrics:
@@ -128,6 +138,7 @@ class TrainingRun:
         elapsed = time.perf_counter() - start
         self.seconds += elapsed
         self.tokens += batch.real_tokens
+        self.computed_tokens += batch.input_ids.numel()
         self.passes += result.passes
         self._count_bad(result)
         metrics: Metrics = {

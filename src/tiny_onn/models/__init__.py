@@ -3,7 +3,11 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from tiny_onn.models.configuration_tiny_onn import TinyOnnConfig
-from tiny_onn.models.modeling_tiny_onn import TinyOnnForCausalLM, TinyOnnModel, TinyOnnPreTrainedModel
+from tiny_onn.models.modeling_tiny_onn import (
+    TinyOnnForCausalLM,
+    TinyOnnModel,
+    TinyOnnPreTrainedModel,
+)
 
 AutoConfig.register("tiny_onn", TinyOnnConfig, exist_ok=True)
 AutoModel.register(TinyOnnConfig, TinyOnnModel, exist_ok=True)

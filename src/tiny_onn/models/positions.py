@@ -29,7 +29,9 @@ def grid_positions(
     opens_grid = torch.isin(input_ids_BT, input_ids_BT.new_tensor(list(grid_token_ids)))
     is_cell = ~(is_row_end | opens_grid)
     if blank_token_ids:
-        is_cell &= torch.isin(input_ids_BT, input_ids_BT.new_tensor(list(blank_token_ids)), invert=True)
+        is_cell &= torch.isin(
+            input_ids_BT, input_ids_BT.new_tensor(list(blank_token_ids)), invert=True
+        )
     row = _count_since(is_row_end, opens_grid)
     column = _count_since(is_cell, opens_grid | is_row_end)
     grid = (opens_grid.long().cumsum(-1) - 1).clamp_min(0)

@@ -81,9 +81,7 @@ def _rounds(method: Method, steps: int) -> Callable[[Tensor], Tensor]:
     elif method == "polar_express":
         table = (POLAR_EXPRESS + POLAR_EXPRESS[-1:] * steps)[:steps]
     else:
-        raise ValueError(
-            f"method must be 'quintic', 'polar_express' or a function. Got {method!r}"
-        )
+        raise ValueError(f"method must be 'quintic', 'polar_express' or a function. Got {method!r}")
 
     def iterate(x: Tensor) -> Tensor:
         for a, b, c in table:

@@ -15,9 +15,7 @@ from tiny_onn.shaping.sites import Site
 class LoadBalanceShaper:
     """Pushes each router towards an even load (arXiv:2101.03961, eq. 4). Reads logits only."""
 
-    def loss(
-        self, sites: Sequence[Site], logits: Sequence[Tensor], optimizer: Optimizer
-    ) -> Tensor:
+    def loss(self, sites: Sequence[Site], logits: Sequence[Tensor], optimizer: Optimizer) -> Tensor:
         """The mean over sites; K when the load is even, up to E when it has collapsed."""
         terms = [
             load_balancing_loss([logits_NE], site.num_experts_per_tok)

@@ -53,9 +53,7 @@ class FisherShaper:
         self._costs: list[Tensor] | None = None
         self._hooked: Optimizer | None = None
 
-    def loss(
-        self, sites: Sequence[Site], logits: Sequence[Tensor], optimizer: Optimizer
-    ) -> Tensor:
+    def loss(self, sites: Sequence[Site], logits: Sequence[Tensor], optimizer: Optimizer) -> Tensor:
         """The mean of the term over sites; a scalar whose gradient reaches the routers.
 
         Args:

@@ -1,0 +1,1 @@
+"""The ``tiny-onn`` command, one file per sub-command."""

@@ -1,0 +1,121 @@
+"""The command line: its commands, and what its errors look like.
+
+A command's module is imported when the command is asked for, so that ``--help`` needs no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import click
+import typer
+from typer.main import get_command
+
+COMMANDS = {
+    "solve": "Train on the demonstrations of the chosen tasks; answer each test input twice.",
+    "data": "List, show and check tasks.",
+    "report": "Write the HTML report of a run again.",
+}
+"""Every command with its line of help. Command NAME is the function or typer app NAME in
+``tiny_onn.cli.NAME``."""
+
+MENDABLE = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError)
+"""What a user did, and can mend: exit status 2. Anything else is ours: exit status 1."""
+
+LIST_OPTIONS = ("--tasks",)
+
+
+class _Commands(click.Group):
+    """A group whose commands are imported when they are run or asked for help."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        found: Any = getattr(import_module(f"tiny_onn.cli.{cmd_name}"), cmd_name)
+        if isinstance(found, typer.Typer):
+            return get_command(found)
+        app = typer.Typer(add_completion=False)
+        app.command(cmd_name)(found)
+        return get_command(app)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command and exit with its status."""
+    sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def run(argv: list[str]) -> int:
+    """Run a command; 0 for success, 2 for what the user must mend, 130 when interrupted."""
+    from tiny_onn import __version__
+
+    group = _Commands("tiny-onn", help="Solve ARC tasks with small sparse transformers.")
+    group = click.version_option(__version__, prog_name="tiny-onn")(group)  # type: ignore[assignment]
+    try:
+        result = group.main(spread(argv), prog_name="tiny-onn", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Abort:
+        return _fail("interrupted", 130)
+    except click.ClickException as error:
+        return _fail(error.format_message(), 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        # The reader has gone: write no more, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if "--debug" in argv:
+            raise
+        return _explain(error)
+
+
+def spread(argv: Sequence[str]) -> list[str]:
+    """Write ``--tasks a b,c`` as ``--tasks a --tasks b --tasks c``, which is what click reads."""
+    words: list[str] = []
+    option: str | None = None
+    for word in argv:
+        if word in LIST_OPTIONS:
+            option = word
+        elif option is not None and not word.startswith("-"):
+            words += [x for part in word.split(",") if part for x in (option, part)]
+        else:
+            option = None
+            words.append(word)
+    return words
+
+
+def _explain(error: Exception) -> int:
+    from tiny_onn.arc.parsing import TaskError
+
+    if isinstance(error, TaskError):
+        return _fail(error.problems, 2)
+    if isinstance(error, MENDABLE):
+        return _fail(_one_line(error), 2)
+    if type(error).__name__ == "StoppedError":
+        return _fail(f"{_one_line(error)}; --resume goes on from there", 130)
+    if type(error).__name__ in ("TrainingError", "CheckpointError"):
+        return _fail(_one_line(error), 1)
+    if isinstance(error, OSError):
+        return _fail(_one_line(error), 1)
+    return _fail(f"internal: {type(error).__name__}: {_one_line(error)} (--debug shows where)", 1)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _fail(messages: str | Sequence[str], status: int) -> int:
+    for message in [messages] if isinstance(messages, str) else messages:
+        sys.stderr.write(f"error: {message}\n")
+    return status
