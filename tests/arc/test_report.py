@@ -137,7 +137,8 @@ def test_headline_and_figures(run: Path) -> None:
         "decoding41.3 s",
         "training tokens a second13,210",
         "parameters812,345",
-        "cpuA CPU",
+        "processorA CPU",
+        "logical cores2",
         "torch2.13.0",
         "seed7",
         'name = "<i>"',
@@ -171,7 +172,7 @@ def test_attempts_are_marked_in_words_with_their_votes(run: Path) -> None:
     assert "✗ Attempt 2, wrong4 of 6 cells differ" in found.text
     assert "✗ Attempt 1, wrong1 × 1, expected 2 × 3" in found.text
     assert "✗ Attempt 2, wrongthe same as attempt 1" in found.text
-    assert "2 other answers with votes" in found.text
+    assert "The next 2 answers" in found.text
     assert found.text.count("Answer, 2 × 3 cells Answer") == 5
     # The only attempts whose answer is hidden carry no mark.
     (hidden,) = re.findall(r"\w+ e-hidden .*", found.text)

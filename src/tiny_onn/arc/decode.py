@@ -30,6 +30,7 @@ class DecodeConfig:
         views: views of each test input: the eight symmetries, then colour permutations of them.
         context_pairs: demonstrations before the test input in the prompt.
         batch_tokens: most tokens decoded side by side, prompts and answers together.
+        hopeless: an answer is given up once its log-probability, in nats, falls below minus this.
         rescored: how many of the most voted answers are ranked by their probability under all of
             the first ``rescoring_views`` views; with 0 views the votes decide.
     """
@@ -37,12 +38,13 @@ class DecodeConfig:
     views: int = 64
     context_pairs: int = 0
     batch_tokens: int = 32_768
+    hopeless: float = 40.0
     rescored: int = 6
     rescoring_views: int = 16
 
     def __post_init__(self) -> None:
-        bounds = (("views", 1), ("context_pairs", 0), ("batch_tokens", 1), ("rescored", 0))
-        for name, least in (*bounds, ("rescoring_views", 0)):
+        bounds = (("views", 1), ("context_pairs", 0), ("batch_tokens", 1), ("hopeless", 0))
+        for name, least in (*bounds, ("rescored", 0), ("rescoring_views", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}. Got {getattr(self, name)}")
 
@@ -117,7 +119,9 @@ def decode(
     answers: dict[int, Decoded] = {}
     for group in _groups(prompts, config.batch_tokens):
         batch = [prompts[i] for i in group]
-        for i, (ids, log_prob) in zip(group, _greedy(model, batch, use_cache), strict=True):
+        for i, (ids, log_prob) in zip(
+            group, _greedy(model, batch, config.hopeless, use_cache), strict=True
+        ):
             seen = tokens.decode_grid(ids)
             grid = None if seen is None else prompts[i].view.invert(seen)
             answers[i] = Decoded(prompts[i], grid, log_prob)
@@ -150,9 +154,9 @@ def left_padded(sequences: Sequence[np.ndarray], device: torch.device) -> Tensor
 
 
 def _greedy(
-    model: TinyOnnForCausalLM, prompts: Sequence[Prompt], use_cache: bool
+    model: TinyOnnForCausalLM, prompts: Sequence[Prompt], hopeless: float, use_cache: bool
 ) -> list[tuple[np.ndarray, float]]:
-    """Answer tokens and their log-probability for each prompt."""
+    """Answer tokens and their log-probability for each prompt; a hopeless answer has no end."""
     device = model.device
     ids = left_padded([p.ids for p in prompts], device)
     start = ids.shape[1]
@@ -174,7 +178,7 @@ def _greedy(
         log_probs = log_probs + gained.masked_fill(grammar.finished, 0.0)
         grammar.advance(token)
         ids = torch.cat([ids, token[:, None]], dim=1)
-        done = grammar.finished
+        done = grammar.finished | (log_probs < -hopeless)
         # Dropping finished sequences copies the cache, so it waits until a quarter can go.
         if int(done.sum()) * 4 < len(done):
             continue

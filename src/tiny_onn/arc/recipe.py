@@ -73,7 +73,7 @@ class OptimizerRecipe:
 
     lr: float = 2e-2
     adam_lr: float = 3e-3
-    weight_decay: float = 0.1
+    weight_decay: float = 0.3
     adam_weight_decay: float = 0.01
     betas: tuple[float, float] = (0.95, 0.95)
     sam: Literal["off", "sync", "delayed", "adaptive"] = "off"

@@ -53,7 +53,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class TestView:
-    """A test input, the attempts at it, the answer where known, and what else got votes."""
+    """A test input, the attempts at it, the answer where known, and the next answers by votes."""
 
     __test__ = False
 
@@ -62,7 +62,6 @@ class TestView:
     attempts: list[Figure]
     answer: Figure | None
     others: list[Figure]
-    more: int
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,6 @@ def _test_view(
             _figure(vote.grid, _votes(vote), cell, mark=_mark(vote.grid, answer))
             for vote in others[:OTHERS_SHOWN]
         ],
-        more=len(others),
     )
 
 
@@ -238,6 +236,7 @@ def header(result: Score, tasks: Sequence[TaskView], run: Mapping[str, Any]) -> 
 
 
 FACTS = ("seed", "commit", "hardware", "versions")
+NAMES = {"cpu": "processor", "cores": "logical cores", "memory_gib": "memory, GiB"}
 
 
 def _by_split(tasks: Sequence[TaskView]) -> Iterator[tuple[str, int, int]]:
@@ -276,10 +275,11 @@ def duration(seconds: float) -> str:
 
 def _facts(key: str, value: Any) -> Iterator[tuple[str, str]]:
     """Yield (name, text) of a value, one for each entry of an object."""
+    name = NAMES.get(key, key.replace("_", " "))
     if isinstance(value, Mapping):
         for inner, item in value.items():
             yield from _facts(f"{inner}", item)
     elif isinstance(value, list | tuple):
-        yield key.replace("_", " "), ", ".join(map(str, value))
+        yield name, ", ".join(map(str, value))
     elif value is not None:
-        yield key.replace("_", " "), str(value)
+        yield name, str(value)

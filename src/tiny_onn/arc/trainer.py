@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ class ARCTrainer:
         """
         passes: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
-        def closure() -> Tensor:
+        def closure() -> Any:
             self.optimizer.zero_grad()
             main, shaping, accuracy = self._losses(batch)
             loss = main + shaping

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
-
-class _Run(Protocol):
-    """What the display reads of a training run."""
-
-    step: int
-    progress: float
-    seconds: float
-    tokens: int
+if TYPE_CHECKING:
+    from tiny_onn.arc.training import TrainingRun
 
 
 LINE_SECONDS = 15.0
@@ -61,7 +55,7 @@ class RunDisplay:
         if self.console.is_terminal:
             self._live.stop()
 
-    def on_step(self, run: _Run, metrics: dict[str, Any]) -> None:
+    def on_step(self, run: TrainingRun, metrics: dict[str, Any]) -> None:
         """Take in one training step."""
         for name in ("loss", "accuracy", "tokens_per_second", "shaping_share", "routing_entropy"):
             self._average(name, metrics.get(name))

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-import click
 import typer
+from typer.core import TyperGroup
 from typer.main import get_command
+
+from tiny_onn import __version__
 
 COMMANDS = {
     "solve": "Train on the demonstrations of the chosen tasks; answer each test input twice.",
@@ -29,25 +31,36 @@ MENDABLE = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError)
 LIST_OPTIONS = ("--tasks",)
 
 
-class _Commands(click.Group):
+class _Commands(TyperGroup):
     """A group whose commands are imported when they are run or asked for help."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:
             return None
-        found: Any = getattr(import_module(f"tiny_onn.cli.{cmd_name}"), cmd_name)
+        found = getattr(import_module(f"tiny_onn.cli.{cmd_name}"), cmd_name)
         if isinstance(found, typer.Typer):
             return get_command(found)
         app = typer.Typer(add_completion=False)
         app.command(cmd_name)(found)
         return get_command(app)
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        width = max(map(len, COMMANDS))
+        lines = [f"  {name:{width}}  {text}" for name, text in COMMANDS.items()]
+        typer.echo("Usage: tiny-onn COMMAND [OPTIONS]\n")
+        typer.echo("Solve ARC tasks with small sparse transformers.\n\nCommands:")
+        typer.echo("\n".join(lines) + "\n\ntiny-onn COMMAND --help says more.")
+
+
+app = typer.Typer(cls=_Commands, add_completion=False)
+
+
+@app.callback()
+def tiny_onn() -> None:
+    """Solve ARC tasks with small sparse transformers."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -57,24 +70,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(argv: list[str]) -> int:
     """Run a command; 0 for success, 2 for what the user must mend, 130 when interrupted."""
-    from tiny_onn import __version__
-
-    group = _Commands("tiny-onn", help="Solve ARC tasks with small sparse transformers.")
-    group = click.version_option(__version__, prog_name="tiny-onn")(group)  # type: ignore[assignment]
+    if argv == ["--version"]:
+        typer.echo(f"tiny-onn {__version__}")
+        return 0
     try:
-        result = group.main(spread(argv), prog_name="tiny-onn", standalone_mode=False)
+        result = get_command(app)(
+            spread(argv or ["--help"]), prog_name="tiny-onn", standalone_mode=False
+        )
         return result if isinstance(result, int) else 0
-    except click.exceptions.Abort:
-        return _fail("interrupted", 130)
-    except click.ClickException as error:
-        return _fail(error.format_message(), 2)
-    except KeyboardInterrupt:
+    except typer.Exit as done:
+        return int(done.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", 130)
     except BrokenPipeError:
         # The reader has gone: write no more, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
+        if hasattr(error, "format_message"):  # how the parser says what is wrong with the words
+            return _fail(_one_line(error.format_message()), 2)
         if "--debug" in argv:
             raise
         return _explain(error)
@@ -111,7 +125,7 @@ def _explain(error: Exception) -> int:
     return _fail(f"internal: {type(error).__name__}: {_one_line(error)} (--debug shows where)", 1)
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception | str) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 

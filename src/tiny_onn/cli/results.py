@@ -26,6 +26,7 @@ def write_tasks(out: Path, tasks: TaskSet, config_toml: str) -> None:
     (out / "config.toml").write_text(config_toml, encoding="utf-8")
     _write_json(out / "tasks.json", challenges_json(tasks))
     _write_json(out / "answers.json", solutions_json(tasks.answers))
+    _write_json(out / "splits.json", tasks.splits)
 
 
 def write_results(out: Path, tasks: TaskSet, solution: Solution, result: dict[str, Any]) -> None:

@@ -67,15 +67,28 @@ class TinyOnnConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 13
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+        self.num_key_value_heads = self.key_value_heads
+        self.head_dim = self.head_width
         if self.rope_parameters is None:
             theta = 100.0 if self.position_type == "grid" else 10_000.0
             self.rope_parameters = {"rope_type": "default", "rope_theta": theta}
         self.grid_token_ids = list(self.grid_token_ids)
         super().__post_init__(**kwargs)
+
+    @property
+    def key_value_heads(self) -> int:
+        """G, heads of the keys and values."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def head_width(self) -> int:
+        """C, width of one head."""
+        return self.head_dim or self.hidden_size // max(1, self.num_attention_heads)
+
+    @property
+    def rope_theta(self) -> float:
+        """Base of the rotary frequencies."""
+        return float((self.rope_parameters or {})["rope_theta"])
 
     def validate_sizes(self) -> None:
         """Refuse sizes that no model can be built from, naming the field, the bound and the value.
@@ -98,15 +111,15 @@ class TinyOnnConfig(PreTrainedConfig):
             )
         if self.num_recurrences != 1:
             raise ValueError(f"num_recurrences must be 1 so far. Got {self.num_recurrences}")
-        if self.num_attention_heads % self.num_key_value_heads:
+        if self.num_attention_heads % self.key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
-                f"num_key_value_heads. Got {self.num_key_value_heads}"
+                f"num_key_value_heads. Got {self.key_value_heads}"
             )
         least = 8 if self.position_type == "grid" else 2
-        if self.head_dim % 2 or self.head_dim < least:
-            raise ValueError(f"head_dim must be even and at least {least}. Got {self.head_dim}")
-        if self.rope_parameters.get("rope_type") != "default":
+        if self.head_width % 2 or self.head_width < least:
+            raise ValueError(f"head_dim must be even and at least {least}. Got {self.head_width}")
+        if (self.rope_parameters or {}).get("rope_type") != "default":
             raise ValueError(
                 f"rope_parameters['rope_type'] must be 'default'. Got {self.rope_parameters}"
             )

@@ -74,11 +74,11 @@ class TinyOnnRotaryEmbedding(nn.Module):
 
     def __init__(self, config: TinyOnnConfig) -> None:
         super().__init__()
-        pairs = config.head_dim // 2
+        pairs = config.head_width // 2
         along = max(1, pairs * 3 // 8)
         grid = config.position_type == "grid"
         self.pairs_per_axis = (along, along, pairs - 2 * along) if grid else (pairs,)
-        self.theta = float(config.rope_parameters["rope_theta"])
+        self.theta = config.rope_theta
 
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Angles for positions ``[axes, B, T]``."""
@@ -104,12 +104,12 @@ class TinyOnnAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
+        self.head_dim = config.head_width
         self.num_heads = config.num_attention_heads
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.num_key_value_groups = config.num_attention_heads // config.key_value_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
-        self.heads = (self.num_heads, config.num_key_value_heads, config.num_key_value_heads)
+        self.heads = (self.num_heads, config.key_value_heads, config.key_value_heads)
         self.qkv = _mixture(config, output_size=sum(self.heads) * self.head_dim)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
 
@@ -393,10 +393,12 @@ class TinyOnnForCausalLM(TinyOnnPreTrainedModel, GenerationMixin):
         return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
 
-def _mixture(config: TinyOnnConfig, **sizes: int) -> MixtureOfExperts:
+def _mixture(
+    config: TinyOnnConfig, output_size: int | None = None, intermediate_size: int | None = None
+) -> MixtureOfExperts:
     return MixtureOfExperts(
         ROUTERS[config.router](config.hidden_size, config.num_experts),
-        GroupedExperts(config.num_experts, config.hidden_size, **sizes),
+        GroupedExperts(config.num_experts, config.hidden_size, output_size, intermediate_size),
         config.num_experts_per_tok,
     )
 

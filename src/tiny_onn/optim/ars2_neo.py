@@ -28,6 +28,7 @@ from tiny_onn.optim.validation import (
     check_gradient,
     check_group,
     check_parameter,
+    gradients_of,
     is_orthogonal,
 )
 
@@ -133,7 +134,7 @@ class ARS2Neo(Optimizer):
     # The step: one pass or two, then the update.
 
     @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Closure | None = None) -> Any:
         """Update the parameters.
 
         Args:
@@ -187,7 +188,7 @@ class ARS2Neo(Optimizer):
         parameters = [p for p in self._parameters() if p.grad is not None]
         if self.sam == "off" or not parameters:
             return False
-        gradients = [p.grad for p in parameters]
+        gradients = gradients_of(parameters)
         if not self._second_pass_is_due(parameters, gradients):
             self._add_shear(parameters, gradients)
             return False
@@ -256,7 +257,7 @@ class ARS2Neo(Optimizer):
         for p, g in zip(parameters, plain, strict=True):
             if p.grad is None:
                 p.grad = g.clone()
-        adversarial = [p.grad for p in parameters]
+        adversarial = gradients_of(parameters)
         finite = torch.isfinite(norm(adversarial))
         for a, g in zip(adversarial, plain, strict=True):
             a.copy_(torch.where(finite, a, g))
@@ -294,7 +295,7 @@ class ARS2Neo(Optimizer):
     def _directions(self, parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         """Adam's ``u = m̂ / (sqrt(v̂) + eps)``, after moving the moments on."""
         beta1, beta2 = group["betas"]
-        gradients = [p.grad for p in parameters]
+        gradients = gradients_of(parameters)
         states = [self.state[p] for p in parameters]
         m, v, steps = ([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq", "step"))
         torch._foreach_add_(steps, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,6 +65,13 @@ def check_gradient(p: Tensor) -> None:
         raise ValueError(
             f"sparse gradients are not supported. Got {p.grad.layout} of shape {tuple(p.shape)}"
         )
+
+
+def gradients_of(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of parameters that all have one."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    assert len(gradients) == len(parameters), "a parameter without gradient was not left out"
+    return gradients
 
 
 def is_orthogonal(p: Tensor, group: dict[str, Any]) -> bool:
