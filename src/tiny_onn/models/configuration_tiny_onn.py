@@ -1,11 +1,24 @@
-"""The configuration of a Tiny-ONN model: the library's field names, plus a few of ours."""
+"""The configuration of a Tiny-ONN model: the library's field names, plus a few of ours.
 
-from __future__ import annotations
+Annotations are evaluated here (no ``from __future__``): ``strict`` checks only types it can see.
+"""
 
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+LEAST = {
+    "vocab_size": 1,
+    "hidden_size": 1,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_experts": 1,
+    "moe_intermediate_size": 1,
+    "num_tasks": 0,
+    "num_symmetries": 0,
+}
+"""The least value of each size."""
 
 
 @strict
@@ -69,11 +82,10 @@ class TinyOnnConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self.num_key_value_heads = self.key_value_heads
         self.head_dim = self.head_width
-        if self.rope_parameters is None:
-            theta = 100.0 if self.position_type == "grid" else 10_000.0
-            self.rope_parameters = {"rope_type": "default", "rope_theta": theta}
         self.grid_token_ids = list(self.grid_token_ids)
         super().__post_init__(**kwargs)
+        # Here as well as among the library's validators, whose exception is no ValueError.
+        self.validate_sizes()
 
     @property
     def key_value_heads(self) -> int:
@@ -87,8 +99,16 @@ class TinyOnnConfig(PreTrainedConfig):
 
     @property
     def rope_theta(self) -> float:
-        """Base of the rotary frequencies."""
-        return float((self.rope_parameters or {})["rope_theta"])
+        """Base of the rotary frequencies; where none is set, 100 on grids (30 steps a side) and
+        10,000 on sequences."""
+        default = 100.0 if self.position_type == "grid" else 10_000.0
+        return (self.rope_parameters or {}).get("rope_theta", default)
+
+    @property
+    def blank_token_ids(self) -> list[int]:
+        """The end and padding tokens, which take no place on a grid."""
+        ends = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        return [i for i in (*ends, self.pad_token_id) if i is not None]
 
     def validate_sizes(self) -> None:
         """Refuse sizes that no model can be built from, naming the field, the bound and the value.
@@ -100,10 +120,13 @@ class TinyOnnConfig(PreTrainedConfig):
 
         if self.router not in ROUTERS:
             raise ValueError(f"router must be one of {', '.join(ROUTERS)}. Got {self.router!r}")
-        positive = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-        for name in (*positive, "num_experts", "moe_intermediate_size", "num_recurrences"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1. Got {getattr(self, name)}")
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}. Got {getattr(self, name)}")
+        for name in ("hidden_dropout", "attention_dropout"):
+            share = getattr(self, name)
+            if not 0 <= share < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1. Got {share}")
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok must be between 1 and num_experts={self.num_experts}. "
@@ -111,7 +134,11 @@ class TinyOnnConfig(PreTrainedConfig):
             )
         if self.num_recurrences != 1:
             raise ValueError(f"num_recurrences must be 1 so far. Got {self.num_recurrences}")
-        if self.num_attention_heads % self.key_value_heads:
+        self._check_heads()
+        self._check_rope()
+
+    def _check_heads(self) -> None:
+        if self.key_value_heads < 1 or self.num_attention_heads % self.key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads. Got {self.key_value_heads}"
@@ -119,7 +146,12 @@ class TinyOnnConfig(PreTrainedConfig):
         least = 8 if self.position_type == "grid" else 2
         if self.head_width % 2 or self.head_width < least:
             raise ValueError(f"head_dim must be even and at least {least}. Got {self.head_width}")
-        if (self.rope_parameters or {}).get("rope_type") != "default":
+
+    def _check_rope(self) -> None:
+        kind = (self.rope_parameters or {}).get("rope_type")
+        if kind != "default":
+            raise ValueError(f"rope_parameters['rope_type'] must be 'default'. Got {kind!r}")
+        if not isinstance(self.rope_theta, int | float) or self.rope_theta <= 0:
             raise ValueError(
-                f"rope_parameters['rope_type'] must be 'default'. Got {self.rope_parameters}"
+                f"rope_parameters['rope_theta'] must be a positive number. Got {self.rope_theta!r}"
             )

@@ -22,75 +22,15 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from tiny_onn.models.attention import (
+    eager_attention_forward,
+    packed_causal_mask,
+    same_segment,
+)
 from tiny_onn.models.configuration_tiny_onn import TinyOnnConfig
-from tiny_onn.models.positions import grid_positions
+from tiny_onn.models.positions import TinyOnnRotaryEmbedding, grid_positions, rotate
 from tiny_onn.routing import ROUTERS, GroupedExperts, MixtureOfExperts
 from tiny_onn.routing.routers import Router, load_balancing_loss
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attention in plain matrix products; the quickest form on a CPU for rows of a few hundred
-    tokens.
-
-    Args:
-        query: ``[B, H, T, C]``; key and value: ``[B, G, S, C]``.
-        attention_mask: additive, broadcastable to ``[B, H, T, S]``, or None.
-
-    Returns:
-        The mixed values ``[B, T, H, C]`` and the attention weights ``[B, H, T, S]``.
-    """
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    scores = (query * scaling) @ key.transpose(-2, -1)
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = F.dropout(scores.softmax(dim=-1), dropout, module.training)
-    return (weights @ value).transpose(1, 2), weights
-
-
-def rotate(x_BHTC: Tensor, cos_BTC: Tensor, sin_BTC: Tensor) -> Tensor:
-    """Rotate each pair (first half, second half) of the heads by the angles of its token."""
-    first, second = x_BHTC.chunk(2, dim=-1)
-    cos, sin = cos_BTC[:, None], sin_BTC[:, None]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-class TinyOnnRotaryEmbedding(nn.Module):
-    """Cosines and sines ``[B, T, C/2]`` of positions along one axis or three.
-
-    With ``position_type="grid"`` the C/2 rotated pairs are divided among row, column and grid in
-    the ratio 3 : 3 : 2, each with its own geometric ladder of frequencies.
-    """
-
-    def __init__(self, config: TinyOnnConfig) -> None:
-        super().__init__()
-        pairs = config.head_width // 2
-        along = max(1, pairs * 3 // 8)
-        grid = config.position_type == "grid"
-        self.pairs_per_axis = (along, along, pairs - 2 * along) if grid else (pairs,)
-        self.theta = config.rope_theta
-
-    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Angles for positions ``[axes, B, T]``."""
-        angles = [
-            position[..., None].float() * self._frequencies(pairs, position.device)
-            for position, pairs in zip(position_ids, self.pairs_per_axis, strict=True)
-        ]
-        angles_BTC = torch.cat(angles, dim=-1)
-        return angles_BTC.cos().to(dtype), angles_BTC.sin().to(dtype)
-
-    def _frequencies(self, pairs: int, device: torch.device) -> Tensor:
-        return self.theta ** -(torch.arange(pairs, device=device, dtype=torch.float32) / pairs)
 
 
 class TinyOnnAttention(nn.Module):
@@ -236,31 +176,30 @@ class TinyOnnModel(TinyOnnPreTrainedModel):
             task_ids, symmetry_ids: ``[B]`` or ``[B, T]``; rows of their embeddings, added to every
                 token's. None adds nothing.
             segment_ids: ``[B, T]``, the sequence each token of a packed row belongs to: tokens
-                attend within their segment only.
+                attend within their segment only, and grid positions start again with it.
 
         Raises:
-            ValueError: unless exactly one of ``input_ids`` and ``inputs_embeds`` is given.
+            ValueError: unless exactly one of ``input_ids`` and ``inputs_embeds`` is given; if
+                ``task_ids``, ``symmetry_ids`` or ``position_ids`` have another shape; if
+                ``segment_ids`` meet a cache that is not empty.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if segment_ids is not None and past_key_values is not None:
+            seen = int(past_key_values.get_seq_length())
+            if seen:
+                raise ValueError(f"segment_ids need an empty cache. Got one of {seen} tokens")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            position_ids = self._positions(input_ids, inputs_embeds, past_key_values)
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            and_mask_function=None if segment_ids is None else _same_segment(segment_ids),
-        )
+            position_ids = self._positions(input_ids, inputs_embeds, past_key_values, segment_ids)
+        causal_mask = self._mask(inputs_embeds, attention_mask, past_key_values, segment_ids)
         hidden_states = inputs_embeds
         for ids, embed in ((task_ids, self.embed_tasks), (symmetry_ids, self.embed_symmetries)):
             if ids is not None and embed is not None:
-                embedded = embed(ids)
-                hidden_states = hidden_states + (embedded[:, None] if ids.ndim == 1 else embedded)
+                hidden_states = _add_embedding(hidden_states, ids, embed)
         position_embeddings = self.rotary_emb(self._axes(position_ids), hidden_states.dtype)
         for layer in self.layers:
             hidden_states = layer(
@@ -274,20 +213,44 @@ class TinyOnnModel(TinyOnnPreTrainedModel):
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
         )
 
-    def token_positions(self, input_ids: Tensor) -> Tensor:
+    def _mask(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        cache: Cache | None,
+        segment_ids: Tensor | None,
+    ) -> Any:
+        """The mask in the form that the attention implementation takes."""
+        attention = self.config._attn_implementation
+        plain = attention_mask is None and cache is None and attention in ("eager", "sdpa")
+        if segment_ids is not None and plain:
+            return packed_causal_mask(segment_ids, additive=attention == "eager")
+        return create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            and_mask_function=None if segment_ids is None else same_segment(segment_ids),
+        )
+
+    def token_positions(self, input_ids: Tensor, segment_ids: Tensor | None = None) -> Tensor:
         """Positions ``[3, B, T]`` of whole sequences of tokens ``[B, T]`` (see
         :func:`~tiny_onn.models.positions.grid_positions`)."""
         config = self.config
-        blank = (config.eos_token_id, config.pad_token_id)
         return grid_positions(
             input_ids,
             row_end_token_id=config.row_end_token_id,
             grid_token_ids=config.grid_token_ids,
-            blank_token_ids=[i for i in blank if isinstance(i, int)],
+            blank_token_ids=config.blank_token_ids,
+            segment_ids_BT=segment_ids,
         )
 
     def _positions(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor, cache: Cache | None
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor,
+        cache: Cache | None,
+        segment_ids: Tensor | None,
     ) -> Tensor:
         """Positions of the new tokens, from the tokens; a cache remembers those it has seen."""
         batch, length, _ = inputs_embeds.shape
@@ -295,8 +258,8 @@ class TinyOnnModel(TinyOnnPreTrainedModel):
         if self.config.position_type == "sequence" or input_ids is None:
             steps = torch.arange(seen, seen + length, device=inputs_embeds.device)
             return steps.expand(batch, length)
-        if cache is None:
-            return self.token_positions(input_ids)
+        if cache is None or segment_ids is not None:
+            return self.token_positions(input_ids, segment_ids)
         history = getattr(cache, "seen_input_ids", input_ids[:, :0])
         if history.shape != (batch, seen):
             raise ValueError(
@@ -309,8 +272,13 @@ class TinyOnnModel(TinyOnnPreTrainedModel):
     def _axes(self, position_ids: Tensor) -> Tensor:
         """Positions as ``[axes, B, T]``; a single axis stands for the columns of a grid model."""
         axes = len(self.rotary_emb.pairs_per_axis)
-        if position_ids.ndim == 3:
-            return position_ids[:axes]
+        if position_ids.ndim == 3 and len(position_ids) == axes:
+            return position_ids
+        if position_ids.ndim != 2:
+            raise ValueError(
+                f"position_ids must have shape [B, T] or [{axes}, B, T] with position_type="
+                f"{self.config.position_type!r}. Got {list(position_ids.shape)}"
+            )
         if axes == 1:
             return position_ids[None]
         zeros = torch.zeros_like(position_ids)
@@ -369,6 +337,9 @@ class TinyOnnForCausalLM(TinyOnnPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
         if output_router_logits and self.config.router_aux_loss_coef:
+            if attention_mask is not None:
+                # With a cache the mask also covers tokens whose routes were decided earlier.
+                attention_mask = attention_mask[:, -outputs.last_hidden_state.shape[1] :]
             aux_loss = load_balancing_loss(
                 outputs.router_logits, self.config.num_experts_per_tok, attention_mask
             )
@@ -390,7 +361,12 @@ class TinyOnnForCausalLM(TinyOnnPreTrainedModel, GenerationMixin):
         """Add the positions that follow from all tokens so far; the library slices them."""
         if self.config.position_type == "grid" and kwargs.get("inputs_embeds") is None:
             kwargs["position_ids"] = self.model.token_positions(input_ids)
-        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        for name in ("task_ids", "symmetry_ids"):
+            ids = inputs.get(name)
+            if ids is not None and ids.ndim == 2:
+                inputs[name] = _latest(ids, input_ids.shape[1], inputs)
+        return inputs
 
 
 def _mixture(
@@ -403,8 +379,19 @@ def _mixture(
     )
 
 
-def _same_segment(segment_ids_BT: Tensor) -> Callable[..., Tensor]:
-    def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return segment_ids_BT[batch, query] == segment_ids_BT[batch, key]
+def _add_embedding(hidden_states: Tensor, ids: Tensor, embed: nn.Embedding) -> Tensor:
+    batch, length, _ = hidden_states.shape
+    if ids.shape not in ((batch,), (batch, length)):
+        raise ValueError(
+            f"task_ids and symmetry_ids must have shape [{batch}] or [{batch}, {length}]. "
+            f"Got {list(ids.shape)}"
+        )
+    embedded = embed(ids)
+    return hidden_states + (embedded[:, None] if ids.ndim == 1 else embedded)
 
-    return mask
+
+def _latest(ids: Tensor, length: int, inputs: dict[str, Any]) -> Tensor:
+    """The ids of the step's tokens, from those of the prompt; a new token takes the last one's."""
+    tokens = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+    ids = torch.cat([ids, ids[:, -1:].expand(-1, length - ids.shape[1])], dim=1)
+    return ids[:, length - tokens.shape[1] :]

@@ -32,19 +32,28 @@ class Dispatch(NamedTuple):
     offsets: Tensor
 
 
-def dispatch(indices_NK: Tensor, num_experts: int) -> Dispatch:
-    """Sort the (token, expert) pairs by expert, keeping the tokens' order within an expert."""
+def dispatch(indices_NK: Tensor, num_experts: int, multiple: int = 1) -> Dispatch:
+    """Sort the (token, expert) pairs by expert, keeping the tokens' order within an expert.
+
+    Args:
+        indices_NK: the chosen experts.
+        num_experts: E.
+        multiple: every expert's run is filled up to a multiple of so many rows. The rows that
+            fill belong to no token's slot; what stands in them is never combined.
+    """
     experts_P = indices_NK.reshape(-1)
     sorted_P, order_P = experts_P.sort(stable=True)
-    slot_P = torch.empty_like(order_P).scatter_(
-        0, order_P, torch.arange(order_P.numel(), device=order_P.device)
-    )
-    bounds_E = torch.arange(1, num_experts + 1, device=sorted_P.device)
-    return Dispatch(
-        token=order_P // indices_NK.shape[1],
-        slot=slot_P.view_as(indices_NK),
-        offsets=torch.searchsorted(sorted_P, bounds_E).to(torch.int32),
-    )
+    bounds_E = torch.arange(num_experts + 1, device=sorted_P.device)
+    starts_E = torch.searchsorted(sorted_P, bounds_E)
+    filled_E = -(starts_E.diff() // -multiple) * multiple
+    ends_E = filled_E.cumsum(0)
+    # A pair moves by as much as the runs before its own were filled up.
+    moved_E = ends_E - filled_E - starts_E[:-1]
+    place_P = torch.arange(len(sorted_P), device=sorted_P.device) + moved_E[sorted_P]
+    slot_P = torch.empty_like(order_P).scatter_(0, order_P, place_P)
+    rows = len(sorted_P) if multiple == 1 else int(ends_E[-1])
+    token = order_P.new_zeros(rows).scatter_(0, place_P, order_P // indices_NK.shape[1])
+    return Dispatch(token, slot_P.view_as(indices_NK), ends_E.to(torch.int32))
 
 
 class _Gather(torch.autograd.Function):
@@ -68,6 +77,7 @@ class _Combine(torch.autograd.Function):
     def forward(
         ctx: Any, values_PO: Tensor, weights_NK: Tensor, token_P: Tensor, slot_NK: Tensor
     ) -> Tensor:
+        ctx.wide = weights_NK.dtype
         weights_NK = weights_NK.to(values_PO.dtype)
         ctx.save_for_backward(values_PO, weights_NK, token_P, slot_NK)
         return F.embedding_bag(slot_NK, values_PO, mode="sum", per_sample_weights=weights_NK)
@@ -76,11 +86,12 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor, Tensor, None, None]:
         values_PO, weights_NK, token_P, slot_NK = ctx.saved_tensors
         grad_PO = grad_NO.index_select(0, token_P)
-        # The weights' gradient is a small difference of large sums: sum it in float32.
-        grad_weights_P = (values_PO * grad_PO).sum(-1, dtype=torch.float32)
-        weights_P = torch.empty_like(token_P, dtype=grad_PO.dtype)
+        # The sum is accumulated in float32 whatever the dtype; asking for its result in float32
+        # would first copy all of the product.
+        grad_weights_P = (values_PO * grad_PO).sum(-1)
+        weights_P = torch.zeros_like(token_P, dtype=grad_PO.dtype)
         weights_P.scatter_(0, slot_NK.reshape(-1), weights_NK.reshape(-1))
-        return grad_PO.mul_(weights_P[:, None]), grad_weights_P[slot_NK], None, None
+        return grad_PO.mul_(weights_P[:, None]), grad_weights_P[slot_NK].to(ctx.wide), None, None
 
 
 def grouped_linear(x_PD: Tensor, weight_EOD: Tensor, offsets_E: Tensor) -> Tensor:
@@ -105,6 +116,17 @@ def grouped_mm_accepts(dtype: torch.dtype, *widths: int) -> bool:
     if dtype not in (torch.float32, torch.bfloat16):
         return False
     return all(width * dtype.itemsize % 16 == 0 for width in widths)
+
+
+def row_multiple(rows_per_expert: int, dtype: torch.dtype, device: torch.device) -> int:
+    """To what multiple of rows an expert's run is filled up, about a sixteenth of its length.
+
+    On a CPU every bfloat16 product of a new shape is compiled anew (about a millisecond); with
+    runs of a few dozen lengths the compiled ones are found again.
+    """
+    if device.type != "cpu" or dtype != torch.bfloat16 or torch.compiler.is_compiling():
+        return 1
+    return 1 << max(0, (rows_per_expert // 16).bit_length() - 1)
 
 
 class GroupedExperts(nn.Module):
@@ -136,6 +158,11 @@ class GroupedExperts(nn.Module):
             raise ValueError(
                 f"implementation must be 'auto', 'grouped' or 'loop'. Got {implementation!r}"
             )
+        names = ("num_experts", "hidden_size", "output_size", "intermediate_size")
+        sizes = (num_experts, hidden_size, output_size, intermediate_size)
+        for name, size in zip(names, sizes, strict=True):
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1. Got {size}")
         self.num_experts = num_experts
         self.hidden_size = hidden_size
         self.output_size = output_size or hidden_size
@@ -168,10 +195,9 @@ class GroupedExperts(nn.Module):
             ``[N, O]`` in the compute dtype (the autocast dtype where autocast is on).
         """
         dtype = _compute_dtype(x)
-        if x.shape[0] == 0:
-            return x.new_zeros(0, self.output_size, dtype=dtype)
-        plan = dispatch(indices, self.num_experts)
         linear = self._linear(dtype)
+        multiple = row_multiple(indices.numel() // self.num_experts, dtype, x.device)
+        plan = dispatch(indices, self.num_experts, 1 if linear is loop_linear else multiple)
         x_PD = _Gather.apply(x.to(dtype), plan.token, plan.slot)
         if self.intermediate_size is None:
             y_PO = linear(x_PD, self.proj.to(dtype), plan.offsets)

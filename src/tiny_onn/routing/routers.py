@@ -22,7 +22,7 @@ class Routing(NamedTuple):
     """One site's decision for N tokens.
 
     Attributes:
-        logits: raw router logits, float32 ``[N, E]``; the only part that carries a shaping gradient.
+        logits: raw router logits, float32 ``[N, E]``; what the shaping losses read.
         weights: softmax over the chosen logits, float32 ``[N, K]``; rows sum to one.
         indices: the chosen experts, int64 ``[N, K]``, best first.
     """
@@ -66,6 +66,9 @@ class Router(nn.Module):
             return self.logits(x.float())
 
     def logits(self, x_ND: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
         raise NotImplementedError
 
     def extra_repr(self) -> str:

@@ -51,7 +51,8 @@ class FisherShaper:
         self.w_entropy = w_entropy
         self.cost_alpha = cost_alpha
         self._costs: list[Tensor] | None = None
-        self._hooked: Optimizer | None = None
+        self._watched: Optimizer | None = None
+        self._updated = False
 
     def loss(self, sites: Sequence[Site], logits: Sequence[Tensor], optimizer: Optimizer) -> Tensor:
         """The mean of the term over sites; a scalar whose gradient reaches the routers.
@@ -79,34 +80,44 @@ class FisherShaper:
             ValueError: naming the parameter, if the optimizer has been stepped and holds no
                 second moment of it.
         """
-        if self._hooked is not optimizer:
-            optimizer.register_step_post_hook(lambda *_: self._forget())
-            self._hooked = optimizer
-            self._forget()
+        if self._watched is not optimizer:
+            self._watch(optimizer)
         if self._costs is None:
             self._costs = [self._site_cost(site, optimizer) for site in sites]
         return self._costs
 
-    def _forget(self) -> None:
+    def _watch(self, optimizer: Optimizer) -> None:
+        optimizer.register_step_post_hook(lambda *_: self._forget(updated=True))
+        optimizer.register_load_state_dict_post_hook(lambda *_: self._forget(updated=False))
+        self._watched = optimizer
+        self._forget(updated=False)
+
+    def _forget(self, updated: bool) -> None:
         self._costs = None
+        self._updated = updated
 
     def _site_cost(self, site: Site, optimizer: Optimizer) -> Tensor:
-        moments = second_moments(site, optimizer)
+        moments = second_moments(site, optimizer, updated=self._updated)
         if moments is not None:
             return fisher_cost(moments)
         device = next(iter(site.parameters.values())).device
         return torch.ones(site.num_experts, device=device)
 
 
-def second_moments(site: Site, optimizer: Optimizer) -> list[Tensor] | None:
+def second_moments(
+    site: Site, optimizer: Optimizer, *, updated: bool = False
+) -> list[Tensor] | None:
     """``exp_avg_sq`` of the site's experts, or None before the optimizer's first update.
+
+    Args:
+        updated: whether the optimizer is known to have been stepped; SGD's state doesn't tell.
 
     Raises:
         ValueError: naming the parameter whose second moment is missing after that.
     """
     state = optimizer.state
     if not any("exp_avg_sq" in kept for kept in state.values()):
-        if any(kept.get("step", 0) for kept in state.values()):
+        if updated or any(kept.get("step", 0) for kept in state.values()):
             raise ValueError(
                 f"{type(optimizer).__name__} keeps no second moment (exp_avg_sq). "
                 "Shaping by cost needs an optimizer of the Adam family"

@@ -36,7 +36,7 @@ def routing_statistics(
     """Statistics of raw router logits ``[N, E]``, one tensor a site; one host read in all.
 
     Args:
-        mask: bool, N entries in any shape, False for the tokens that do not count.
+        mask: N entries in any shape, 0 or False for the tokens that do not count.
     """
     rows = [_site_statistics(logits, num_experts_per_tok, mask) for logits in router_logits]
     return RoutingStatistics(*torch.stack(rows).mean(0).tolist())
@@ -45,7 +45,7 @@ def routing_statistics(
 def _site_statistics(logits_NE: Tensor, top_k: int, mask: Tensor | None) -> Tensor:
     logits_NE = logits_NE.detach().float()
     if mask is not None:
-        logits_NE = logits_NE[mask.reshape(-1)]
+        logits_NE = logits_NE[mask.reshape(-1).bool()]
     num_experts = logits_NE.shape[-1]
     log_experts = math.log(num_experts) or 1.0
     log_p = logits_NE.log_softmax(-1)

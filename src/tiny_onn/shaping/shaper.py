@@ -60,20 +60,31 @@ class RoutingShaper:
         Args:
             routing: raw router logits ``[N, E]`` of every site, in the sites' order.
             optimizer: read only, for the strategies that price experts by its second moment.
-            mask: bool, N entries in any shape, False for the tokens that do not count (padding).
+            mask: N entries in any shape, 0 or False for the tokens that do not count (padding);
+                a batch of nothing else gives 0.
 
         Raises:
-            ValueError: if the number of sites differs.
+            ValueError: if the number of sites or of the mask's entries differs.
         """
         if len(routing) != len(self.sites):
             raise ValueError(f"Expected the logits of {len(self.sites)} sites. Got {len(routing)}")
         if self.strategy is None:
             return routing[0].new_zeros(())
-        kept = routing
-        if mask is not None and not bool(mask.all()):
-            flat = mask.reshape(-1).nonzero().squeeze(-1)
-            kept = [logits_NE.index_select(0, flat) for logits_NE in routing]
+        kept = routing if mask is None else _without_padding(routing, mask)
+        if not len(kept[0]):
+            return routing[0].new_zeros(())
         return self.w_meta * self.strategy.loss(self.sites, kept, optimizer)
+
+
+def _without_padding(routing: Sequence[Tensor], mask: Tensor) -> Sequence[Tensor]:
+    if mask.numel() != len(routing[0]):
+        raise ValueError(
+            f"mask must have {len(routing[0])} entries, one a token. Got {mask.numel()}"
+        )
+    if bool(mask.all()):
+        return routing
+    flat = mask.reshape(-1).nonzero().squeeze(-1)
+    return [logits_NE.index_select(0, flat) for logits_NE in routing]
 
 
 def _strategy(strategy: str | Strategy, options: dict[str, float]) -> Strategy | None:
