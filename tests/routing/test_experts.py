@@ -10,16 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiny_onn.routing import GroupedExperts, LinearRouter, MixtureOfExperts
-from tiny_onn.routing.experts import Implementation, dispatch, grouped_mm_accepts
+from tiny_onn.routing.experts import Implementation, dispatch, grouped_mm_accepts, row_multiple
 
 N, D, OUT, WIDTH, E = 23, 8, 12, 16, 4
 Kind = Literal["linear", "swiglu"]
 
 
 def make(kind: Kind, implementation: Implementation = "auto", **sizes: int) -> GroupedExperts:
-    sizes = {"num_experts": E, "hidden_size": D, "output_size": OUT} | sizes
-    width = sizes.pop("intermediate_size", WIDTH) if kind == "swiglu" else None
-    return GroupedExperts(**sizes, intermediate_size=width, implementation=implementation)
+    widths = {"num_experts": E, "hidden_size": D, "output_size": OUT, "intermediate_size": WIDTH}
+    widths |= sizes
+    return GroupedExperts(
+        widths["num_experts"],
+        widths["hidden_size"],
+        widths["output_size"],
+        widths["intermediate_size"] if kind == "swiglu" else None,
+        implementation,
+    )
 
 
 def double_loop(
@@ -106,7 +112,7 @@ def test_experts_equal_a_double_loop(
 @pytest.mark.parametrize("kind", ["linear", "swiglu"])
 @pytest.mark.parametrize("sizes", [{}, {"hidden_size": 5, "output_size": 3}])
 def test_float64_is_exact_to_float64(kind: Kind, sizes: dict[str, int]) -> None:
-    experts = make(kind, **sizes).double()
+    experts = make(kind, "auto", **sizes).double()
     indices = choices("spread", 2)
     x = torch.randn(N, experts.hidden_size, dtype=torch.float64)
     weights = torch.rand(N, 2, dtype=torch.float64)
@@ -173,10 +179,12 @@ def test_what_grouped_mm_accepts() -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "swiglu"])
 @pytest.mark.parametrize("implementation", ["auto", "loop"])
-def test_bfloat16_autocast_is_near(kind: Kind, implementation: Implementation) -> None:
+@pytest.mark.parametrize("tokens", [N, 300])
+def test_bfloat16_autocast_is_near(kind: Kind, implementation: Implementation, tokens: int) -> None:
+    """Also with so many tokens that the experts' runs are filled up."""
     experts = make(kind, implementation, output_size=16)
-    indices, weights = choices("spread", 2), torch.randn(N, 2).softmax(-1)
-    x = torch.randn(N, D)
+    indices = torch.rand(tokens, E).topk(2).indices
+    x, weights = torch.randn(tokens, D), torch.randn(tokens, 2).softmax(-1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = outputs_and_gradients(experts, x, indices, weights)
     assert found["y"].dtype == torch.bfloat16
@@ -196,9 +204,10 @@ def test_parameters_of_autocast_experts_stay_float32_in_their_gradient() -> None
 
 def test_the_mixture_is_one_softmax_of_the_raw_logits() -> None:
     torch.manual_seed(0)
-    mixture = MixtureOfExperts(LinearRouter(D, E), make("linear"), 2)
+    router = LinearRouter(D, E)
+    mixture = MixtureOfExperts(router, make("linear"), 2)
     x = torch.randn(2, 3, D)
-    logits = x @ mixture.router.weight.T
+    logits = x @ router.weight.T
     chosen, indices = logits.topk(2)
     weights = chosen.exp() / chosen.exp().sum(-1, keepdim=True)
     per_expert = torch.einsum("eod,btd->bteo", mixture.experts.proj, x)
@@ -240,10 +249,34 @@ def test_dispatch_sorts_pairs_by_expert_and_keeps_the_tokens_order() -> None:
     assert plan.slot.tolist() == [[2, 0], [1, 4], [3, 5]]
 
 
+@pytest.mark.parametrize("multiple", [2, 3, 8])
+def test_filled_runs_begin_and_end_on_a_multiple(multiple: int) -> None:
+    indices = torch.rand(40, E).topk(2).indices
+    plain, filled = dispatch(indices, E), dispatch(indices, E, multiple)
+    assert (filled.offsets % multiple == 0).all()
+    runs = [torch.diff(plan.offsets, prepend=plan.offsets.new_zeros(1)) for plan in (plain, filled)]
+    assert ((runs[1] - runs[0] >= 0) & (runs[1] - runs[0] < multiple)).all()
+    assert len(filled.token) == filled.offsets[-1]
+    # Each pair still stands in the run of its expert, and there with its token.
+    expert = torch.searchsorted(filled.offsets, filled.slot.int(), right=True)
+    assert torch.equal(expert, indices)
+    assert torch.equal(filled.token[filled.slot], torch.arange(40)[:, None].expand(40, 2))
+    assert filled.slot.flatten().unique().numel() == 80
+
+
+def test_a_run_is_filled_up_by_a_sixteenth_at_most() -> None:
+    cpu = torch.device("cpu")
+    for rows in (1, 15, 31, 32, 100, 1000, 5000):
+        multiple = row_multiple(rows, torch.bfloat16, cpu)
+        assert multiple == 1 or rows / 32 < multiple <= rows / 16
+        assert row_multiple(rows, torch.float32, cpu) == 1
+        assert row_multiple(rows, torch.bfloat16, torch.device("meta")) == 1
+
+
 @pytest.mark.parametrize("name", ["num_experts", "hidden_size", "output_size", "intermediate_size"])
 def test_sizes_below_one_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least 1. Got 0"):
-        make("swiglu", **{name: 0})
+        make("swiglu", "auto", **{name: 0})
 
 
 def test_an_unknown_implementation_is_refused() -> None:

@@ -79,11 +79,17 @@ class Schedule:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on with the same rates."""
-        return {"end": self.end, "cooldown_start": self.cooldown_start}
+        return {
+            "end": self.end,
+            "cooldown_start": self.cooldown_start,
+            "length": [self.config.steps, self.minutes],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state of :meth:`state_dict`."""
-        self.end, self.cooldown_start = state["end"], state["cooldown_start"]
+        """Go on from a state of :meth:`state_dict`. A run that has been given another length
+        since then leaves its cool-down and has one at its new end."""
+        if state["length"] == [self.config.steps, self.minutes]:
+            self.end, self.cooldown_start = state["end"], state["cooldown_start"]
 
     def _by_steps(self, step: int, seconds: float) -> bool:
         assert self.config.steps is not None

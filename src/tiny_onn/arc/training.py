@@ -95,10 +95,10 @@ class TrainingRun:
         every = self.recipe.training.checkpoint_every
         while not self.finished:
             yield self._advance()
-            if checkpoints is not None and every and self.step % every == 0 and not self.finished:
+            due = self.finished or (every and self.step % every == 0)
+            # While steps fail the last good checkpoint is worth more than a new one.
+            if checkpoints is not None and due and not self._bad_in_a_row:
                 self.save(checkpoints)
-        if checkpoints is not None:
-            self.save(checkpoints)
 
     def save(self, checkpoints: Checkpoints) -> Path:
         """Save a checkpoint of this very moment."""

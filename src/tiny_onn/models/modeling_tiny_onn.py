@@ -337,11 +337,12 @@ class TinyOnnForCausalLM(TinyOnnPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
         if output_router_logits and self.config.router_aux_loss_coef:
-            if attention_mask is not None:
+            counts = None
+            if attention_mask is not None and attention_mask.ndim == 2:
                 # With a cache the mask also covers tokens whose routes were decided earlier.
-                attention_mask = attention_mask[:, -outputs.last_hidden_state.shape[1] :]
+                counts = attention_mask[:, -outputs.last_hidden_state.shape[1] :]
             aux_loss = load_balancing_loss(
-                outputs.router_logits, self.config.num_experts_per_tok, attention_mask
+                outputs.router_logits, self.config.num_experts_per_tok, counts
             )
             if loss is not None:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss
@@ -356,12 +357,14 @@ class TinyOnnForCausalLM(TinyOnnPreTrainedModel, GenerationMixin):
         )
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *args: Any, **kwargs: Any
+        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """Add the positions that follow from all tokens so far; the library slices them."""
-        if self.config.position_type == "grid" and kwargs.get("inputs_embeds") is None:
+        if self.config.position_type == "grid" and inputs_embeds is None:
             kwargs["position_ids"] = self.model.token_positions(input_ids)
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
         for name in ("task_ids", "symmetry_ids"):
             ids = inputs.get(name)
             if ids is not None and ids.ndim == 2:

@@ -34,6 +34,10 @@ from tiny_onn.optim.validation import (
 
 Closure = Callable[[], Any]
 
+_SETTINGS = ("sam", "rho", "perturb_scope", "alpha", "gamma")
+_ITERATION = ("newton_schulz", "ns_steps", "ns_dtype")
+_OWN = (*_SETTINGS, *_ITERATION, "_alignment", "_figures", "_first")
+
 
 class ARS2Neo(Optimizer):
     """Orthogonalised, energy-scaled Adam with sharpness-aware passes.
@@ -365,6 +369,11 @@ class ARS2Neo(Optimizer):
             state["step"] = state["step"].to("cpu", torch.float32)
         if "alignment" in state_dict:
             self._alignment = Alignment(**state_dict["alignment"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch's own leaves out what a subclass adds, and so would deepcopy and pickle.
+        own = {name: vars(self)[name] for name in _OWN}
+        return super().__getstate__() | own
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
