@@ -121,23 +121,22 @@ def test_generate_stops_at_the_end_token(make_model: MakeModel, make_tokens: Mak
             assert row == free_row[: len(row)]
 
 
+@pytest.mark.parametrize("name", ["task_ids", "symmetry_ids"])
 def test_ids_per_token_reach_every_generated_token(
-    make_model: MakeModel, make_tokens: MakeTokens
+    make_model: MakeModel, make_tokens: MakeTokens, name: str
 ) -> None:
-    """New tokens of a sequence belong to the task of its last token."""
+    """A new token belongs to the task of the last token before it."""
     model = make_model()
     ids = make_tokens(2, 8)
-    tasks, symmetries = torch.tensor([1, 2]), torch.tensor([5, 0])
-    settings = never_ending(model) | {"max_new_tokens": 10}
-    short = model.generate(ids, task_ids=tasks, symmetry_ids=symmetries, **settings)
-    spread = {
-        "task_ids": tasks[:, None].expand(2, 8),
-        "symmetry_ids": symmetries[:, None].expand(2, 8),
-    }
-    for use_cache in (True, False):
-        long = model.generate(ids, use_cache=use_cache, **spread, **settings)
-        assert long.tolist() == short.tolist()
-    assert model.generate(ids, **settings).tolist() != short.tolist()
+    rows = torch.tensor([[0, 0, 0, 2, 2, 2, 1, 1], [2, 2, 2, 2, 0, 0, 0, 0]])
+    settings = never_ending(model) | {"max_new_tokens": 10, name: rows}
+    cached = model.generate(ids, **settings)
+    assert cached.tolist() == model.generate(ids, use_cache=False, **settings).tolist()
+    all_rows = torch.cat([rows, rows[:, -1:].expand(2, 10)], dim=1)
+    expected = model(cached, **{name: all_rows}).logits[:, 7:-1].argmax(-1)
+    assert cached[:, 8:].tolist() == expected.tolist()
+    settings[name] = rows[:, 0]
+    assert cached.tolist() != model.generate(ids, **settings).tolist()
 
 
 @pytest.mark.parametrize(

@@ -141,8 +141,9 @@ def test_the_auxiliary_loss(make_model: MakeModel, make_tokens: MakeTokens, aske
 def test_the_auxiliary_loss_does_not_stand_in_the_way_of_generation(
     make_model: MakeModel, make_tokens: MakeTokens
 ) -> None:
-    settings = {"max_new_tokens": 6, "do_sample": False}
     ids = make_tokens(2, 8)
+    ids[0, :3] = 14
+    settings = {"max_new_tokens": 6, "do_sample": False, "attention_mask": (ids != 14).long()}
     found = make_model(router_aux_loss_coef=0.3, output_router_logits=True).generate(
         ids, **settings
     )
@@ -250,6 +251,18 @@ def test_dropout_acts_in_training_only(make_model: MakeModel, make_tokens: MakeT
         first = model(ids).logits
         torch.manual_seed(5)
         assert torch.equal(model(ids).logits, first)
+
+
+@pytest.mark.parametrize("silent", ["o_proj", "down_proj"])
+def test_hidden_dropout_acts_on_attention_and_on_experts(
+    make_model: MakeModel, make_tokens: MakeTokens, silent: str
+) -> None:
+    model = make_model(hidden_dropout=0.5).train()
+    for name, p in model.named_parameters():
+        if silent in name and "router" not in name:
+            torch.nn.init.zeros_(p)
+    ids = make_tokens(2, 9)
+    assert not torch.equal(model(ids).logits, model(ids).logits)
 
 
 def test_resized_embeddings(make_model: MakeModel, make_tokens: MakeTokens) -> None:

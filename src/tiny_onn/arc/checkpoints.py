@@ -145,7 +145,7 @@ def _split(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 tensors[f"{index}.{name}"] = value
             else:
                 plain.setdefault(str(index), {})[name] = value
-    groups = []
+    groups: list[dict[str, Any]] = []
     for i, group in enumerate(state["param_groups"]):
         groups.append({})
         for name, value in group.items():
