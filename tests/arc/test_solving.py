@@ -10,11 +10,12 @@ from tiny_onn.arc import load_tasks, score
 from tiny_onn.arc.batches import BatchConfig
 from tiny_onn.arc.checkpoints import Checkpoints
 from tiny_onn.arc.decode import DecodeConfig
+from tiny_onn.arc.metrics import read_metrics
 from tiny_onn.arc.recipe import ModelRecipe, OptimizerRecipe, Recipe, TrainingRecipe
 from tiny_onn.arc.schedule import ScheduleConfig
 from tiny_onn.arc.solving import StoppedError, solve
 from tiny_onn.arc.tasks import challenges_json, solutions_json
-from tiny_onn.arc.training import TrainingError, TrainingRun, read_metrics
+from tiny_onn.arc.training import TrainingError, TrainingRun
 
 EASY = ("b1948b0a", "44f52bb0", "0d3d703e")
 
@@ -157,3 +158,14 @@ def test_a_run_that_only_fails_stops_with_its_last_good_checkpoint(tasks, tmp_pa
         *[False] * 5,
         *[True] * 2,
     ]
+
+
+def test_tensorboard_gets_every_step(tasks, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    solve(tasks, replace(TINY, training=TrainingRecipe(tensorboard=True)), out=tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    logged = [event.value for event in events.Scalars("loss")]
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert logged == pytest.approx([row["loss"] for row in rows])

@@ -132,12 +132,15 @@ class TrainingRecipe:
         precision: "float32", "bfloat16" (autocast), or "auto" for what the hardware does best.
         checkpoint_every: steps between two checkpoints, 0 for one at the end.
         max_bad_steps: the run stops after so many steps in a row that were not finite.
+        tensorboard: also log every step for TensorBoard, into the run's folder (needs the
+            ``tensorboard`` extra).
     """
 
     clip: float = 1.0
     precision: Precision = "auto"
     checkpoint_every: int = 200
     max_bad_steps: int = 10
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("clip", 0), ("checkpoint_every", 0), ("max_bad_steps", 1)):

@@ -9,7 +9,6 @@ and a `log_prob` in nats are shown, too), `metrics.jsonl`, `result.json`, `confi
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from markupsafe import Markup
 
 from tiny_onn.arc.charts import CHARTS, history_svg
 from tiny_onn.arc.grids import Grid
+from tiny_onn.arc.metrics import read_metrics
 from tiny_onn.arc.parsing import TaskError, parse_grid, read_json, show
 from tiny_onn.arc.report_view import Vote, Votes, header, task_view
 from tiny_onn.arc.scoring import score
@@ -81,7 +81,7 @@ def read_run(run: Path) -> RunFiles:
         attempts=attempts,
         splits={key: str(value) for key, value in _read_object(run / "splits.json").items()},
         votes=_read_votes(run / "votes.json", tasks, result.get("views")),
-        metrics=_read_metrics(run / "metrics.jsonl"),
+        metrics=read_metrics(run / "metrics.jsonl"),
         result=result,
         config=config.read_text(encoding="utf-8") if config.is_file() else "",
     )
@@ -172,20 +172,3 @@ def _parse_vote(value: Any, where: str, total: int | None, problems: list[str]) 
 def _number(value: Any) -> float | None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if is_number and math.isfinite(value) else None
-
-
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line that was cut short is left out."""
-    rows: list[dict[str, Any]] = []
-    lines = path.read_bytes().splitlines() if path.is_file() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{show(path)}: line {number} is not JSON") from error
-        if not isinstance(row, dict) or type(row.get("step")) is not int:
-            raise ValueError(f"{show(path)}: line {number} is not an object with a step")
-        rows.append(row)
-    return rows

@@ -12,10 +12,11 @@ import torch
 from tiny_onn.arc.checkpoints import Checkpoints
 from tiny_onn.arc.decode import Decoded, decode, make_prompts
 from tiny_onn.arc.grids import Grid
+from tiny_onn.arc.metrics import MetricsLog, TensorBoardLog
 from tiny_onn.arc.recipe import Recipe
 from tiny_onn.arc.tasks import Task
 from tiny_onn.arc.trainer import uses_bfloat16
-from tiny_onn.arc.training import MetricsLog, StepObserver, TrainingRun
+from tiny_onn.arc.training import StepObserver, TrainingRun
 from tiny_onn.arc.vote import Candidate, attempts, count_votes, rescore
 
 
@@ -103,19 +104,21 @@ def _train(
     on_step: StepObserver | None,
     stop: Callable[[], bool],
 ) -> None:
-    checkpoints = log = None
+    checkpoints = None
+    logs: list[MetricsLog | TensorBoardLog] = []
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         checkpoints = Checkpoints(out / "checkpoint")
         if not resume:
             checkpoints.clear()
-        newest = checkpoints.latest()
-        if newest is not None:
+        if (newest := checkpoints.latest()) is not None:
             run.restore(checkpoints, newest)
-        log = MetricsLog(out / "metrics.jsonl", run.step)
+        logs.append(MetricsLog(out / "metrics.jsonl", run.step))
+        if run.recipe.training.tensorboard:
+            logs.append(TensorBoardLog(out / "tensorboard"))
     try:
         for metrics in run.train(checkpoints):
-            if log is not None:
+            for log in logs:
                 log.write(metrics)
             if on_step is not None:
                 on_step(run, metrics)
@@ -124,7 +127,7 @@ def _train(
                     run.save(checkpoints)
                 raise StoppedError(f"stopped after step {run.step}")
     finally:
-        if log is not None:
+        for log in logs:
             log.close()
 
 

@@ -6,7 +6,6 @@ masks as if it had never stopped.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,12 +13,12 @@ from typing import Any
 
 from tiny_onn.arc.batches import DemonstrationStream
 from tiny_onn.arc.checkpoints import Checkpoints
+from tiny_onn.arc.metrics import Metrics
 from tiny_onn.arc.recipe import Recipe, set_learning_rates
 from tiny_onn.arc.schedule import Schedule
 from tiny_onn.arc.tasks import Task
 from tiny_onn.arc.trainer import ARCTrainer, StepResult
 
-Metrics = dict[str, Any]
 ROUTES_EVERY = 10
 """Steps between two looks at the routes, which cost a few milliseconds."""
 
@@ -170,40 +169,6 @@ class TrainingRun:
                 f"loss or gradient was not finite in {self._bad_in_a_row} steps in a row, up to "
                 f"step {self.step}. The last good checkpoint is kept; try a lower optimizer.lr"
             )
-
-
-class MetricsLog:
-    """``metrics.jsonl``: one object per step, each step once, also over interruptions."""
-
-    def __init__(self, path: Path, resume_step: int = 0) -> None:
-        """Open for appending after ``resume_step``; what was logged beyond it is dropped."""
-        kept = [row for row in read_metrics(path) if row["step"] <= resume_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        temporary.replace(path)
-        self._file = path.open("a", encoding="utf-8")
-
-    def write(self, metrics: Metrics) -> None:
-        """Append one step."""
-        self._file.write(json.dumps(metrics) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
-def read_metrics(path: Path) -> list[Metrics]:
-    """The whole lines of a metrics file; a last line that was cut short is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
 
 
 StepObserver = Callable[[TrainingRun, Metrics], None]

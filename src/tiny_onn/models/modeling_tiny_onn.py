@@ -22,11 +22,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from tiny_onn.models.attention import (
-    eager_attention_forward,
-    packed_causal_mask,
-    same_segment,
-)
+from tiny_onn.models.attention import eager_attention_forward, packed_causal_mask, same_segment
 from tiny_onn.models.configuration_tiny_onn import TinyOnnConfig
 from tiny_onn.models.positions import TinyOnnRotaryEmbedding, grid_positions, rotate
 from tiny_onn.routing import ROUTERS, GroupedExperts, MixtureOfExperts
