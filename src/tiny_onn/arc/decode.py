@@ -5,6 +5,7 @@ Shapes: B sequences, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -70,7 +71,7 @@ class Decoded:
 
     Attributes:
         grid: the answer in the task's own frame, None where it is not a grid.
-        log_prob: log-probability of the answer's tokens, nats.
+        log_prob: log-probability of the answer's tokens, nats; -inf if it was given up.
     """
 
     prompt: Prompt
@@ -122,12 +123,19 @@ def decode(
         for i, (ids, log_prob) in zip(
             group, _greedy(model, batch, config.hopeless, use_cache), strict=True
         ):
-            seen = tokens.decode_grid(ids)
-            grid = None if seen is None else prompts[i].view.invert(seen)
-            answers[i] = Decoded(prompts[i], grid, log_prob)
+            answers[i] = _decoded(prompts[i], ids, log_prob, config.hopeless)
         if on_progress is not None:
             on_progress(len(answers), len(prompts))
     return [answers[i] for i in range(len(prompts))]
+
+
+def _decoded(prompt: Prompt, ids: np.ndarray, log_prob: float, hopeless: float) -> Decoded:
+    """The answer in the task's own frame; one that was hopeless is none, even if it went on to
+    its end because others beside it did."""
+    if log_prob < -hopeless:
+        return Decoded(prompt, None, -math.inf)
+    seen = tokens.decode_grid(ids)
+    return Decoded(prompt, None if seen is None else prompt.view.invert(seen), log_prob)
 
 
 def _groups(prompts: Sequence[Prompt], batch_tokens: int) -> Iterator[list[int]]:
