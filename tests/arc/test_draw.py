@@ -302,6 +302,31 @@ def test_nothing_but_zeros_is_not_drawn() -> None:
     assert "12 %" in history_svg([{"step": 7, "a": 0.12}], Chart("t", "u", {"a": "a"}, True))
 
 
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1e308] * 400,
+        [1.0, 1e308, -1e308, 2.0],
+        [1.0, 10**400, 2.0],
+        [1.0, 5e-324, 2.0],
+        [1.0, 1e100, 1e-100, 2.0],
+        [1.0, -1.0] * 200,
+        [1e-9, 2.5],
+    ],
+)
+def test_numbers_of_any_size_are_drawn_or_left_out(
+    values: list[float], log: bool, zero: bool
+) -> None:
+    extreme = Chart("t", "u", {"a": "a"}, log=log, zero=zero)
+    svg = history_svg([{"step": i, "a": value} for i, value in enumerate(values)], extreme)
+    assert (svg == "") == (min(values) > 1e100)
+    assert "nan" not in svg and "inf" not in svg
+    if svg:
+        ElementTree.fromstring(svg)
+
+
 def test_two_lines_differ_without_colour_and_their_ends_do_not_overlap() -> None:
     root = chart([{"step": i, "a": i, "b": i + 0.01} for i in range(9)])
     assert len(line_points(root)) == 2

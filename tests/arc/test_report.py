@@ -147,6 +147,15 @@ def test_headline_and_figures(run: Path) -> None:
     assert "accelerator" not in found.text
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 10**400, -1, True, "x", None])
+def test_a_figure_that_is_no_figure_is_left_out(run: Path, value: Any) -> None:
+    keys = ("train_seconds", "decode_seconds", "tokens_per_second", "parameters")
+    (run / "result.json").write_text(json.dumps({"steps": 9} | dict.fromkeys(keys, value)))
+    found = page(run)
+    assert "steps9" in found.text
+    assert "training tokens a second" not in found.text and "decoding" not in found.text
+
+
 def test_every_task_is_listed_and_linked(run: Path) -> None:
     found = page(run)
     states = ["first", "second", "no", "no", "hidden"]
@@ -266,6 +275,10 @@ def _set(name: str, value: Any) -> Callable[[Path], None]:
             _set("votes.json", {"a-first": [[{"grid": [[11]], "votes": 1}, 3]]}),
             r"votes\.json: a-first\[0\]\[0\]\.grid: row 0, column 0: 11 is not a colour[^\0]*"
             r"\[0\]\[1\]\.grid: is null[^\0]*\[0\]\[1\]\.votes: is not a number",
+        ),
+        (
+            _set("votes.json", {"a-first": [[{"grid": [[1]], "votes": 10**400}]]}),
+            r"votes\.json: a-first\[0\]\[0\]\.votes: is not a number",
         ),
         (
             _set("submission.json", {"c-half": [{"attempt_1": [[1]], "attempt_2": [[1]]}]}),

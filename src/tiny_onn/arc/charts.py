@@ -14,7 +14,7 @@ class Chart:
     """What to draw: `series` maps keys of the metrics to names; `unit` labels the y axis.
 
     `percent`: values are shares, shown in per cent. `log`: logarithmic y axis, where all values
-    allow it. `zero`: the y axis begins at 0.
+    allow it. `zero`: the y axis begins at 0, unless it is logarithmic.
     """
 
     title: str
@@ -62,6 +62,8 @@ CHARTS = (
 _WIDTH, _HEIGHT = 380, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 60, 42, 38
 _MAX_POINTS = 160
+# Far from where sums overflow and logarithms fail; a run that gets there has nothing to show.
+_LARGEST, _SMALLEST = 1e100, 1e-100
 _STROKES = (("var(--line-1,#2563EB)", ""), ("var(--line-2,#B45309)", ' stroke-dasharray="5 3"'))
 
 
@@ -96,8 +98,8 @@ def history_svg(rows: Sequence[Mapping[str, Any]], chart: Chart) -> str:
     """Draw one chart of metrics rows over their `step`, as one inline `<svg>` element.
 
     A line is the mean of neighbouring steps, the band around it their smallest and largest value.
-    A row without a finite number under a key is no point of it. Returns "" when there is no point
-    at all, or nothing but zeros.
+    A row without a number under a key, or with one that is not finite or beyond 1e100, is no point
+    of it. Returns "" when there is no point at all, or nothing but zeros.
     """
     lines = {name: _points(rows, key) for key, name in chart.series.items()}
     lines = {name: points for name, points in lines.items() if points}
@@ -121,15 +123,19 @@ def history_svg(rows: Sequence[Mapping[str, Any]], chart: Chart) -> str:
 
 
 def _points(rows: Sequence[Mapping[str, Any]], key: str) -> list[_Point]:
-    found = [(float(row["step"]), float(row[key])) for row in rows if _is_finite(row.get(key))]
+    found = [(float(row["step"]), _value(row[key])) for row in rows if _is_drawn(row.get(key))]
     size = math.ceil(len(found) / _MAX_POINTS) or 1
     groups = [found[i : i + size] for i in range(0, len(found), size)]
     return [_merge(group) for group in groups]
 
 
-def _is_finite(value: Any) -> bool:
+def _is_drawn(value: Any) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
+    return is_number and -_LARGEST <= value <= _LARGEST
+
+
+def _value(number: float) -> float:
+    return float(number) if abs(number) >= _SMALLEST else 0.0
 
 
 def _merge(group: Sequence[tuple[float, float]]) -> _Point:
@@ -148,10 +154,11 @@ def _y_scale(points: Sequence[_Point], chart: Chart) -> _Scale:
     """An axis that holds every mean; a band that goes beyond is cut off at its ends."""
     low, high = min(p.y for p in points), max(p.y for p in points)
     log = chart.log and low > 0 and high > 4 * low
-    if chart.zero:
+    if chart.zero and not log:
         low = min(low, 0.0)
-    if high - low < 1e-6 * max(abs(high), 1e-12):
-        low, high = low - abs(low) * 0.1, high + abs(high) * 0.1
+    if high - low <= 1e-6 * max(abs(low), abs(high)):
+        margin = 0.1 * abs(high) or 1.0
+        low, high = low - margin, high + margin
     ticks = _log_ticks(low, high) if log else _linear_ticks(low, high)
     return _Scale(ticks[0], ticks[-1], _HEIGHT - _BOTTOM, _TOP, ticks, log)
 

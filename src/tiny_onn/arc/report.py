@@ -9,7 +9,6 @@ and a `log_prob` in nats are shown, too), `metrics.jsonl`, `result.json`, `confi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from tiny_onn.arc.submission import NO_ATTEMPT, read_submission
 from tiny_onn.arc.tasks import TaskSet, load_tasks
 
 REQUIRED = ("tasks.json", "submission.json")
+_LARGEST_NUMBER = 1e18
 
 
 @dataclass(frozen=True)
@@ -171,4 +171,4 @@ def _parse_vote(value: Any, where: str, total: int | None, problems: list[str]) 
 
 def _number(value: Any) -> float | None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else None
+    return float(value) if is_number and abs(value) < _LARGEST_NUMBER else None

@@ -25,6 +25,7 @@ STATES: dict[State, str] = {
     "hidden": "answer hidden",
 }
 OTHERS_SHOWN = 4
+_LARGEST_FIGURE = 1e18
 
 
 @dataclass(frozen=True)
@@ -259,7 +260,9 @@ def _figures(run: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     )
     for key, name, form in shown:
         value = run.get(key)
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        if 0 <= value < _LARGEST_FIGURE:
             yield name, form(value)
 
 
