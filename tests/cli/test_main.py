@@ -95,6 +95,12 @@ def test_solve_writes_everything_and_ends_in_one_json_line(task_file, recipe, tm
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
 
+    # A resumed run of other tasks is refused, and leaves the folder as it was.
+    before = {name: (out / name).read_bytes() for name in ("config.toml", "tasks.json")}
+    assert run("solve", "--out", out, "--resume", "--data", "arcagi", "--tasks", "b1948b0a") == 2
+    assert "error: " in capfd.readouterr().err
+    assert {name: (out / name).read_bytes() for name in before} == before
+
 
 def test_hidden_answers_are_said_to_be_hidden(recipe, tmp_path, capfd):
     path = tmp_path / "hidden.json"
@@ -117,6 +123,7 @@ def test_hidden_answers_are_said_to_be_hidden(recipe, tmp_path, capfd):
         (["solve", "--data", "nowhere", "--out", "OUT"], "nowhere: no such file or folder"),
         (["solve", "--tasks", "b1948b0b", "--out", "OUT"], "b1948b0a"),
         (["solve", "--config", "TOML", "--out", "OUT"], "did you mean 'schedule.steps'?"),
+        (["solve", "--resume", "--out", "OUT"], "there is no run to go on with"),
         (["solve", "--steps", "0", "--out", "OUT"], "steps must be at least 1. Got 0"),
         (["solve", "--steps", "many", "--out", "OUT"], "--steps"),
         (["solve", "--stepps", "3"], "--stepps"),

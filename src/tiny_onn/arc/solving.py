@@ -59,6 +59,7 @@ def solve(
     out: Path | None = None,
     resume: bool = False,
     device: str = "cpu",
+    on_start: Callable[[], None] = lambda: None,
     on_step: StepObserver | None = None,
     on_decode: Callable[[int, int], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
@@ -71,6 +72,7 @@ def solve(
         out: folder for ``metrics.jsonl`` and ``checkpoint/``; None writes nothing.
         resume: go on from the newest checkpoint in ``out``, if there is one.
         device: where to compute.
+        on_start: called once before the first step, after a checkpoint was found to fit.
         on_step: called after every training step.
         on_decode: called with (prompts decoded, prompts in all).
         stop: asked after every step; once true, a checkpoint is saved and training ends.
@@ -82,7 +84,7 @@ def solve(
     """
     recipe = recipe or Recipe()
     run = TrainingRun(tasks, recipe, device)
-    _train(run, out, resume, on_step, stop)
+    _train(run, out, resume, on_start, on_step, stop)
     start = time.perf_counter()
     candidates = answer(run, tasks, on_decode)
     return Solution(
@@ -101,6 +103,7 @@ def _train(
     run: TrainingRun,
     out: Path | None,
     resume: bool,
+    on_start: Callable[[], None],
     on_step: StepObserver | None,
     stop: Callable[[], bool],
 ) -> None:
@@ -117,6 +120,7 @@ def _train(
         if run.recipe.training.tensorboard:
             logs.append(TensorBoardLog(out / "tensorboard"))
     try:
+        on_start()
         for metrics in run.train(checkpoints):
             for log in logs:
                 log.write(metrics)

@@ -59,10 +59,11 @@ def solve(
         "seed": seed,
         "training.checkpoint_every": checkpoint_every,
     }
-    saved = out / "config.toml"
-    recipe = load_config(
-        Recipe, saved if resume and config is None and saved.exists() else config, overrides
-    )
+    if resume and config is None:
+        config = out / "config.toml"
+        if not config.exists():
+            raise ValueError(f"{out}: there is no run to go on with")
+    recipe = load_config(Recipe, config, overrides)
     chosen = load_tasks(
         recipe.data.source,
         split=recipe.data.split,
@@ -73,7 +74,12 @@ def solve(
     console = opt.console(json)
     for problem in chosen.problems:
         opt.warn(f"skipped: {problem}")
-    write_tasks(out, chosen, dump_config(recipe))
+
+    def on_decode(done: int, total: int) -> None:
+        if stopping:
+            raise KeyboardInterrupt
+        display.on_decode(done, total)
+
     with RunDisplay(console) as display, _stop_signals() as stopping:
         solution = solve_tasks(
             chosen,
@@ -81,8 +87,9 @@ def solve(
             out=out,
             resume=resume,
             device=device,
+            on_start=lambda: write_tasks(out, chosen, dump_config(recipe)),
             on_step=display.on_step,
-            on_decode=display.on_decode,
+            on_decode=on_decode,
             stop=lambda: bool(stopping),
         )
     found = score(solution.attempts, chosen.answers)
