@@ -20,7 +20,9 @@ ALLOWED = {
     "arc": ("arc", "models", "optim", "routing", "shaping"),
     "config": (),
     "runinfo": (),
-    "cli": ("cli", "arc", "config", "runinfo"),
+    "benchmarks": ("benchmarks", "arc", "config", "models", "optim", "routing", "shaping"),
+    "studies": ("studies", "arc", "config", "models", "optim", "routing", "shaping"),
+    "cli": ("cli", "arc", "benchmarks", "config", "runinfo", "studies"),
 }
 """What a part may import of ours; the longest name that fits a module is the one that counts."""
 

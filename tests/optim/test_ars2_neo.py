@@ -425,7 +425,7 @@ def test_param_groups_go_by_what_a_module_is():
     every = matrices["params"] + rest["params"]
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     assert {id(p) for p in every} == trained and len(every) == len(trained)
-    with pytest.raises(ValueError, match="weight has 4 dimensions"):
+    with pytest.raises(ValueError, match="weight of Conv2d .* flatten=True makes it a matrix"):
         param_groups(nn.Conv2d(2, 2, 3))
     conv = nn.Conv2d(2, 2, 3)
     conv.optim_track = "adamw"

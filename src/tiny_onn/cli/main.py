@@ -21,6 +21,8 @@ COMMANDS = {
     "solve": "Train on the demonstrations of the chosen tasks; answer each test input twice.",
     "data": "List, show and check tasks.",
     "report": "Write the HTML report of a run again.",
+    "bench": "Speed and memory, ours beside the peers.",
+    "study": "Put a claim to the test over several seeds.",
 }
 """Every command with its line of help. Command NAME is the function or typer app NAME in
 ``tiny_onn.cli.NAME``."""

@@ -12,31 +12,39 @@ A stack of matrices ``[E, m, n]`` is E matrices. Everything that is not a matrix
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tiny_onn.optim.newton_schulz import Method, auto_dtype, orthogonalize
+from tiny_onn.optim.newton_schulz import Method, orthogonalize
 from tiny_onn.optim.random_state import RandomState
-from tiny_onn.optim.sam import TINY, Alignment, Perturbation, dot, norm, shear_force
+from tiny_onn.optim.sam import (
+    Alignment,
+    FirstPass,
+    Perturbation,
+    add_shear,
+    cosine,
+    norms,
+    sharpest_directions,
+)
+from tiny_onn.optim.sharding import Group, Layout, check_layout, local, total_of
+from tiny_onn.optim.updates import LastUpdate, adam_directions, orthogonal_updates
 from tiny_onn.optim.validation import (
     check_arguments,
-    check_gradient,
     check_group,
     check_parameter,
-    gradients_of,
     is_orthogonal,
+    local_gradients,
 )
 
 Closure = Callable[[], Any]
 
-_SETTINGS = ("sam", "rho", "perturb_scope", "alpha", "gamma")
+_SETTINGS = ("sam", "rho", "perturb_scope", "alpha", "gamma", "process_group")
 _ITERATION = ("newton_schulz", "ns_steps", "ns_dtype")
-_OWN = (*_SETTINGS, *_ITERATION, "_alignment", "_figures", "_first")
+_OWN = (*_SETTINGS, *_ITERATION, "_alignment", "_updates", "_alpha", "_last", "_halfway", "_first")
 
 
 class ARS2Neo(Optimizer):
@@ -51,6 +59,8 @@ class ARS2Neo(Optimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay.
         orthogonal: default of the groups' ``orthogonal``.
+        flatten: default of the groups' ``flatten``: convolution kernels ``[out, in, ...]`` of an
+            orthogonal group are matrices ``[out, in * ...]``.
         update_scale: ``"rms"`` scales the orthogonal factor by ``|u|_F / sqrt(min(m, n))``, which
             gives the update Adam's root mean square; ``"energy"`` by ``|u|_F``.
         newton_schulz, ns_steps, ns_dtype: see :func:`tiny_onn.optim.orthogonalize`.
@@ -63,13 +73,17 @@ class ARS2Neo(Optimizer):
             with weight ``alpha (1 + max(0, phi)) ** gamma``, as long as the gradient.
         aga_beta, aga_lambda: a second pass is due when ``phi < -aga_lambda * sigma``, with sigma²
             the running mean of phi² of decay ``aga_beta``.
+        process_group: processes that hold the same parameters and gradients, as those of
+            DistributedDataParallel do; they share out the orthogonalisation. Parameters that
+            ``fully_shard`` has spread need none.
 
     State per parameter: ``exp_avg``, ``exp_avg_sq``, ``step``, and ``shear`` in the modes that
     keep one, all made at construction.
 
     Raises:
         ValueError: for an argument out of range, or a parameter that is complex, sparse, or has
-            more than three dimensions in an orthogonal group.
+            more than three dimensions in an orthogonal group without ``flatten``, or is spread by
+            tensor parallelism.
     """
 
     def __init__(
@@ -81,6 +95,7 @@ class ARS2Neo(Optimizer):
         weight_decay: float = 0.1,
         *,
         orthogonal: bool | None = None,
+        flatten: bool = False,
         update_scale: str = "rms",
         newton_schulz: Method = "quintic",
         ns_steps: int = 5,
@@ -93,6 +108,7 @@ class ARS2Neo(Optimizer):
         gamma: float = 1.0,
         aga_beta: float = 0.9,
         aga_lambda: float = 1.0,
+        process_group: Group = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -100,6 +116,7 @@ class ARS2Neo(Optimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "orthogonal": orthogonal,
+            "flatten": flatten,
             "update_scale": update_scale,
         }
         self.sam = sam
@@ -110,9 +127,13 @@ class ARS2Neo(Optimizer):
         self.newton_schulz = newton_schulz
         self.ns_steps = ns_steps
         self.ns_dtype = ns_dtype
+        self.process_group = process_group
         self._alignment = Alignment(aga_beta, aga_lambda, 1 if sam == "sync" else sync_every)
-        self._figures: dict[str, Any] = {}
-        self._first: _FirstPass | None = None
+        self._updates: dict[Tensor, int] = {}
+        self._alpha = 0.0
+        self._last = LastUpdate()
+        self._halfway = False
+        self._first: FirstPass | None = None
         check_arguments(self, sync_every, aga_beta, aga_lambda)
         super().__init__(params, defaults)
 
@@ -121,13 +142,16 @@ class ARS2Neo(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         check_group(group)
+        group["aga"] = self._alignment.state_dict()
         for p in group["params"]:
-            check_parameter(p, group["orthogonal"])
+            check_parameter(p, group)
+            check_layout(p)
             self._make_state(p)
 
     def _make_state(self, p: Tensor) -> None:
         state = self.state[p]
         state["step"] = torch.zeros((), dtype=torch.float32)
+        self._updates[p] = 0
         for name in ("exp_avg", "exp_avg_sq", *(["shear"] if self._keeps_shear else [])):
             state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
@@ -145,7 +169,7 @@ class ARS2Neo(Optimizer):
             closure: zeroes the gradients, runs forward and backward, returns the loss. It is
                 called once, or twice when a second pass is due, on the same batch and with the
                 same random state. Without one the gradients are used as they are, which needs
-                ``sam="off"``.
+                ``sam="off"`` or a :meth:`first_step` before.
 
         Returns:
             What the closure returned at the unperturbed parameters, or None.
@@ -155,12 +179,13 @@ class ARS2Neo(Optimizer):
         """
         if closure is None:
             # torch.distributed.checkpoint makes the state exist by a step of zero length.
-            if self.sam != "off" and any(float(group["lr"]) for group in self.param_groups):
+            waits = self.sam != "off" and not self._halfway
+            if waits and any(float(group["lr"]) for group in self.param_groups):
                 raise ValueError(
                     f"step() needs a closure when sam={self.sam!r}, because it may have to run "
                     "twice; use first_step() and second_step() where there is none"
                 )
-            self._update()
+            self.second_step()
             return None
         random_state = RandomState(self._parameters()) if self.sam != "off" else None
         with torch.enable_grad():
@@ -182,101 +207,90 @@ class ARS2Neo(Optimizer):
         """After the first backward pass: perturb the parameters if a second pass is due.
 
         For loops that can't give a closure, such as those with a ``GradScaler``: unscale, call
-        this, run a second pass if it returns True, and then call :meth:`second_step`.
+        this, run a second pass if it returns True, and then call :meth:`second_step`, or
+        ``scaler.step(optimizer)``. Gradients that are not finite perturb nothing, so that a
+        scaler may skip the step.
 
         Raises:
-            RuntimeError: if a first step is still waiting for its second.
+            RuntimeError: if a step with finite gradients is still waiting for its second half.
         """
-        if self._first is not None:
+        if self._first is not None and bool(self._first.is_finite):
             raise RuntimeError("first_step() was called twice without a second_step()")
+        self._abandon()
+        self._halfway = True
         parameters = [p for p in self._parameters() if p.grad is not None]
         if self.sam == "off" or not parameters:
             return False
-        gradients = gradients_of(parameters)
+        gradients = local_gradients(parameters)
         if not self._second_pass_is_due(parameters, gradients):
             self._add_shear(parameters, gradients)
             return False
         gradients = [g.clone() for g in gradients]
         directions = self._sharpest(parameters, gradients)
-        move = Perturbation(parameters, directions, self.rho, self.perturb_scope)
-        self._first = _FirstPass(move, gradients)
+        total = total_of(parameters)
+        move = Perturbation(
+            list(map(local, parameters)), directions, self.rho, self.perturb_scope, total
+        )
+        self._first = FirstPass(parameters, gradients, move, total)
         return True
 
     @torch.no_grad()
     def second_step(self) -> None:
         """After the last backward pass: restore the parameters, then update them."""
-        synced = self._first is not None
-        if self._first is not None:
-            first, self._first = self._first, None
+        first, self._first = self._first, None
+        if first is not None:
             first.move.restore()
-            self._take_adversarial_gradients(first)
+            first.settle(self._kept("shear", first.parameters) if self._keeps_shear else None)
         self._update()
-        if self.sam != "off":
-            self._alignment.advance(synced)
+        if self._halfway:
+            self._alignment.advance(first is not None)
+            for group in self.param_groups:
+                group["aga"] = self._alignment.state_dict()
+        self._halfway = False
 
     def _abandon(self) -> None:
         """Give up a step between its passes; nothing but the gradients has changed."""
         if self._first is not None:
             self._first.move.restore()
-            self._first = None
+        self._first, self._halfway = None, False
 
-    # Sharpness: where to look, what was found, and whether to look again.
+    # Sharpness: where to look, and whether to look again.
 
     def _sharpest(self, parameters: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-        """``|w| g / (sqrt(v') + eps)`` with the second moment as it would be after this step."""
-        groups = {id(p): group for group in self.param_groups for p in group["params"]}
-        directions = []
-        for p, g in zip(parameters, gradients, strict=True):
-            (_, beta2), eps = groups[id(p)]["betas"], groups[id(p)]["eps"]
-            state = self.state[p]
-            ahead = torch.lerp(state["exp_avg_sq"], g * g, 1 - beta2)
-            root = (ahead / (1 - beta2 ** (state["step"].item() + 1))).sqrt_()
-            directions.append(p.abs() * g / root.add_(eps))
-        return directions
+        group_of = {p: group for group in self.param_groups for p in group["params"]}
+        return sharpest_directions(
+            list(map(local, parameters)),
+            gradients,
+            self._kept("exp_avg_sq", parameters),
+            [self._updates[p] + 1 for p in parameters],
+            [group_of[p]["betas"][1] for p in parameters],
+            [group_of[p]["eps"] for p in parameters],
+        )
 
     def _second_pass_is_due(self, parameters: list[Tensor], gradients: list[Tensor]) -> bool:
         if self._alignment.due or self.sam != "adaptive":
             return self._alignment.due
-        shear = [self.state[p]["shear"] for p in parameters]
+        phi = cosine(gradients, self._kept("shear", parameters), total_of(parameters))
+        if self.process_group is not None:
+            torch.distributed.broadcast(phi, group=self.process_group, group_src=0)
         # The only host read of a step: the decision to run a second pass is the host's.
-        return self._alignment.observe(float(_cosine(gradients, shear)))
+        return self._alignment.observe(float(phi))
 
     def _add_shear(self, parameters: list[Tensor], gradients: list[Tensor]) -> None:
-        """``g <- g + alpha_t (|g| / |s|) s``, in place."""
-        shear = [self.state[p]["shear"] for p in parameters]
+        shear, total = self._kept("shear", parameters), total_of(parameters)
         phi = self._alignment.phi if self.sam == "adaptive" else 0.0
-        weight = self.alpha * (1 + max(0.0, phi)) ** self.gamma
-        scale = weight * norm(gradients) / (norm(shear) + TINY)
-        for g, s in zip(gradients, shear, strict=True):
-            g.add_(s * scale.to(s.dtype))
-        self._figures["alpha"] = weight
-
-    def _take_adversarial_gradients(self, first: _FirstPass) -> None:
-        """Give every parameter the gradient its update uses, and keep the shear force.
-
-        A parameter that only one pass reached keeps the gradient of that pass, and a second pass
-        that is not finite anywhere counts for nothing.
-        """
-        parameters, plain = first.move.parameters, first.gradients
-        for p, g in zip(parameters, plain, strict=True):
-            if p.grad is None:
-                p.grad = g.clone()
-        adversarial = gradients_of(parameters)
-        finite = torch.isfinite(norm(adversarial))
-        for a, g in zip(adversarial, plain, strict=True):
-            a.copy_(torch.where(finite, a, g))
-        if self._keeps_shear:
-            for p, s in zip(parameters, shear_force(adversarial, plain), strict=True):
-                self.state[p]["shear"].copy_(s)
+        self._alpha = self.alpha * (1 + max(0.0, phi)) ** self.gamma
+        add_shear(gradients, shear, self._alpha, total)
 
     # The update.
 
     def _update(self) -> None:
+        self._last = LastUpdate()
         for group in self.param_groups:
+            self._last.start_group()
             tracks: dict[bool, list[Tensor]] = {True: [], False: []}
             for p in group["params"]:
                 if p.grad is not None:
-                    check_gradient(p)
                     tracks[is_orthogonal(p, group)].append(p)
             for orthogonal, parameters in tracks.items():
                 if parameters:
@@ -286,54 +300,46 @@ class ARS2Neo(Optimizer):
         self, parameters: list[Tensor], group: dict[str, Any], orthogonal: bool
     ) -> None:
         lr, weight_decay = group["lr"], group["weight_decay"]
-        directions = self._directions(parameters, group)
+        torch._foreach_add_([self.state[p]["step"] for p in parameters], 1)
+        for p in parameters:
+            self._updates[p] += 1
+        gradients, total = local_gradients(parameters), total_of(parameters)
+        directions = adam_directions(
+            gradients,
+            self._kept("exp_avg", parameters),
+            self._kept("exp_avg_sq", parameters),
+            [self._updates[p] for p in parameters],
+            group["betas"],
+            group["eps"],
+        )
         if orthogonal:
-            directions = self._orthogonalized(directions, group["update_scale"])
-        torch._foreach_mul_(parameters, 1 - lr * weight_decay)
+            directions = self._orthogonalized(parameters, directions, group)
+        self._last.note(parameters, norms(gradients, total), norms(directions, total))
+        weights = list(map(local, parameters))
+        torch._foreach_mul_(weights, 1 - lr * weight_decay)
         if isinstance(lr, Tensor):
             torch._foreach_mul_(directions, lr.to(directions[0].device))
-            torch._foreach_sub_(parameters, directions)
+            torch._foreach_sub_(weights, directions)
         else:
-            torch._foreach_add_(parameters, directions, alpha=-lr)
+            torch._foreach_add_(weights, directions, alpha=-lr)
 
-    def _directions(self, parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """Adam's ``u = m̂ / (sqrt(v̂) + eps)``, after moving the moments on."""
-        beta1, beta2 = group["betas"]
-        gradients = gradients_of(parameters)
-        states = [self.state[p] for p in parameters]
-        m, v, steps = ([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq", "step"))
-        torch._foreach_add_(steps, 1)
-        torch._foreach_lerp_(m, gradients, 1 - beta1)
-        torch._foreach_mul_(v, beta2)
-        torch._foreach_addcmul_(v, gradients, gradients, 1 - beta2)
-        ages = [step.item() for step in steps]
-        roots = torch._foreach_sqrt(v)
-        torch._foreach_div_(roots, [math.sqrt(1 - beta2**age) for age in ages])
-        torch._foreach_add_(roots, group["eps"])
-        torch._foreach_mul_(roots, [1 - beta1**age for age in ages])
-        return list(torch._foreach_div(m, roots))
+    def _orthogonalized(
+        self, parameters: list[Tensor], directions: list[Tensor], group: dict[str, Any]
+    ) -> list[Tensor]:
+        """``s(u) NS(u)`` of the matrices of one group."""
+        layouts = [Layout(p, self.process_group) for p in parameters]
+        updates = orthogonal_updates(
+            [layout.whole(u) for layout, u in zip(layouts, directions, strict=True)],
+            [layout.helpers for layout in layouts],
+            self._newton_schulz,
+            group["update_scale"],
+            group["flatten"],
+        )
+        return [layout.part(u) for layout, u in zip(layouts, updates, strict=True)]
 
-    def _orthogonalized(self, directions: list[Tensor], update_scale: str) -> list[Tensor]:
-        """``s(u) NS(u)`` of every matrix; matrices of one shape are computed together."""
-        done: dict[int, Tensor] = {}
-        for (rows, columns), members in _buckets(directions).items():
-            u = torch.cat([directions[i].reshape(-1, rows, columns) for i in members])
-            energy = torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=True)
-            if update_scale == "rms":
-                energy = energy / math.sqrt(min(rows, columns))
-            u = energy * orthogonalize(
-                u, method=self.newton_schulz, steps=self.ns_steps, dtype=self._ns_dtype(u)
-            )
-            counts = [directions[i].numel() // (rows * columns) for i in members]
-            for i, part in zip(members, u.split(counts), strict=True):
-                done[i] = part.view(directions[i].shape)
-        return [done[i] for i in range(len(directions))]
-
-    def _ns_dtype(self, u: Tensor) -> torch.dtype | None:
-        if self.ns_dtype == "auto":
-            return None if u.dtype == torch.float64 else auto_dtype(u.device)
-        assert self.ns_dtype is None or isinstance(self.ns_dtype, torch.dtype)
-        return self.ns_dtype
+    def _newton_schulz(self, u: Tensor) -> Tensor:
+        steps, dtype = self.ns_steps, self.ns_dtype
+        return orthogonalize(u, method=self.newton_schulz, steps=steps, dtype=dtype)
 
     # What others read.
 
@@ -343,32 +349,36 @@ class ARS2Neo(Optimizer):
 
     def updates(self, p: Tensor) -> int:
         """How many updates a parameter has had; no device is asked."""
-        return int(self.state[p]["step"])
+        return self._updates[p]
 
     @property
     def diagnostics(self) -> dict[str, Any]:
-        """``phi, sigma, threshold, alpha, sync_rate, syncs`` of the sharpness-aware schedule."""
+        """What the last step looked like; only reading it waits for the device.
+
+        ``phi, sigma, threshold, alpha, sync_rate, syncs`` of the sharpness-aware schedule;
+        ``grad_norm`` of the gradients the update used, and ``update_rms``, the root mean square
+        of each group's update before its learning rate.
+        """
         a = self._alignment
         return {
             "phi": a.phi,
             "sigma": a.sigma,
             "threshold": -a.threshold * a.sigma,
-            "alpha": self._figures.get("alpha", 0.0),
+            "alpha": self._alpha,
             "sync_rate": a.syncs / a.steps if a.steps else 0.0,
             "syncs": a.syncs,
+            "grad_norm": self._last.grad_norm(),
+            "update_rms": self._last.update_rms(),
         }
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state of :class:`torch.optim.Optimizer`, and the schedule of the second passes."""
-        return super().state_dict() | {"alignment": self._alignment.state_dict()}
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state of :meth:`state_dict`, bit for bit."""
+        """Go on from a ``state_dict()``, bit for bit; the schedule of the second passes is every
+        group's ``aga``."""
         super().load_state_dict(state_dict)
-        for state in self.state.values():
-            state["step"] = state["step"].to("cpu", torch.float32)
-        if "alignment" in state_dict:
-            self._alignment = Alignment(**state_dict["alignment"])
+        for p, state in self.state.items():
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device="cpu")
+            self._updates[p] = int(state["step"])
+        self._alignment = Alignment(**self.param_groups[0]["aga"])
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's own leaves out what a subclass adds, and so would deepcopy and pickle.
@@ -378,21 +388,6 @@ class ARS2Neo(Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-
-class _FirstPass(NamedTuple):
-    """What the second pass needs of the first."""
-
-    move: Perturbation
-    gradients: list[Tensor]
-
-
-def _cosine(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    return dot(a, b) / (norm(a) * norm(b) + TINY)
-
-
-def _buckets(matrices: list[Tensor]) -> dict[tuple[int, int], list[int]]:
-    """Indices of the matrices by shape of the last two dimensions."""
-    found: dict[tuple[int, int], list[int]] = {}
-    for i, u in enumerate(matrices):
-        found.setdefault((u.shape[-2], u.shape[-1]), []).append(i)
-    return found
+    def _kept(self, name: str, parameters: list[Tensor]) -> list[Tensor]:
+        """The parts of a state that lie in this process."""
+        return [local(self.state[p][name]) for p in parameters]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 _ADAM_MODULES = (nn.Embedding, nn.EmbeddingBag)
 
@@ -17,6 +18,7 @@ def param_groups(
     adam_lr: float | None = None,
     weight_decay: float | None = None,
     adam_weight_decay: float | None = None,
+    flatten: bool = False,
 ) -> list[dict[str, Any]]:
     """Split a model's parameters into ARS2-Neo's two tracks, each parameter exactly once.
 
@@ -27,33 +29,49 @@ def param_groups(
     Args:
         lr, weight_decay: of the orthogonalised track; the optimizer's own where None.
         adam_lr, adam_weight_decay: of the AdamW track, likewise.
+        flatten: orthogonalise convolution kernels ``[out, in, ...]`` as matrices
+            ``[out, in * ...]``, in a group of their own.
 
     Raises:
-        ValueError: for a parameter of four or more dimensions (a convolution kernel): flatten it,
-            or give its groups by hand.
+        ValueError: for a convolution kernel without ``flatten``, and for a parameter of four or
+            more dimensions of any other module.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     head_ids = {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set()
     adam_ids: set[int] = set(head_ids)
-    parameters: dict[int, tuple[str, nn.Parameter]] = {}
+    parameters: dict[int, tuple[str, nn.Module, nn.Parameter]] = {}
     for module, name, parameter in _owned(model):
-        parameters.setdefault(id(parameter), (name, parameter))
+        parameters.setdefault(id(parameter), (name, module, parameter))
         declared = getattr(module, "optim_track", None) == "adamw"
         if declared or isinstance(module, _ADAM_MODULES) or parameter.ndim < 2:
             adam_ids.add(id(parameter))
-    matrices, rest = [], []
-    for key, (name, parameter) in parameters.items():
+    matrices, kernels, rest = [], [], []
+    for key, (name, module, parameter) in parameters.items():
+        is_kernel = isinstance(module, _ConvNd) and parameter.ndim > 2
         if key in adam_ids:
             rest.append(parameter)
-        elif parameter.ndim > 3:
+        elif is_kernel and flatten:
+            kernels.append(parameter)
+        elif is_kernel or parameter.ndim > 3:
+            hint = "flatten=True makes it a matrix" if is_kernel else "give explicit groups"
             raise ValueError(
-                f"{name} has {parameter.ndim} dimensions {tuple(parameter.shape)}: flatten it to a "
-                "matrix, or give the optimizer explicit groups"
+                f"{name} of {type(module).__name__} is neither a matrix nor a stack of them, shape "
+                f"{tuple(parameter.shape)}: {hint}"
             )
         else:
             matrices.append(parameter)
-    tracks = ((matrices, True, lr, weight_decay), (rest, False, adam_lr, adam_weight_decay))
-    return [_group(*track) for track in tracks if track[0]]
+    orthogonal = {"lr": lr, "weight_decay": weight_decay, "orthogonal": True}
+    adam = {"lr": adam_lr, "weight_decay": adam_weight_decay, "orthogonal": False}
+    groups = (
+        {"params": matrices, **orthogonal},
+        {"params": kernels, **orthogonal, "flatten": True},
+        {"params": rest, **adam},
+    )
+    return [
+        {key: value for key, value in group.items() if value is not None}
+        for group in groups
+        if group["params"]
+    ]
 
 
 def _owned(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
@@ -61,11 +79,3 @@ def _owned(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
                 yield module, f"{prefix}.{name}".lstrip("."), parameter
-
-
-def _group(
-    parameters: list[nn.Parameter], orthogonal: bool, lr: float | None, weight_decay: float | None
-) -> dict[str, Any]:
-    group: dict[str, Any] = {"params": parameters, "orthogonal": orthogonal}
-    given = {"lr": lr, "weight_decay": weight_decay}
-    return group | {name: value for name, value in given.items() if value is not None}

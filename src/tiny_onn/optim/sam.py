@@ -16,52 +16,150 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiny_onn.optim.sharding import Total, here, local
+
 TINY = 1e-30
 
 
-def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+def dot(a: Sequence[Tensor], b: Sequence[Tensor], total: Total = here) -> Tensor:
     """The inner product over all tensors of two lists, a float32 scalar without a host read."""
     products = torch._foreach_mul(list(a), list(b))
-    return torch.stack([x.sum(dtype=torch.float32) for x in products]).sum()
+    return total(torch.stack([x.sum(dtype=torch.float32) for x in products])).sum()
 
 
-def norm(a: Sequence[Tensor]) -> Tensor:
+def norms(a: Sequence[Tensor], total: Total = here) -> Tensor:
+    """The Euclidean norm of each tensor of a list, float32 ``[P]``."""
+    found = torch.stack([n.float() for n in torch._foreach_norm(list(a))])
+    return found if total is here else total(found.square()).sqrt()
+
+
+def norm(a: Sequence[Tensor], total: Total = here) -> Tensor:
     """The Euclidean norm over all tensors of a list, a float32 scalar without a host read."""
-    return torch.linalg.vector_norm(torch.stack([n.float() for n in torch._foreach_norm(list(a))]))
+    return torch.linalg.vector_norm(norms(a, total))
+
+
+def cosine(a: Sequence[Tensor], b: Sequence[Tensor], total: Total = here) -> Tensor:
+    """The cosine of the angle between two lists of tensors, 0 where one of them is zero."""
+    return dot(a, b, total) / (norm(a, total) * norm(b, total) + TINY)
+
+
+def sharpest_directions(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    ages: Sequence[int],
+    beta2s: Sequence[float],
+    epss: Sequence[float],
+) -> list[Tensor]:
+    """``|w| g / (sqrt(v') + eps)`` with the second moment as it would be after this step.
+
+    Args:
+        ages: updates of each parameter, this one included.
+        beta2s, epss: settings of each parameter.
+    """
+    squares = torch._foreach_mul(gradients, gradients)
+    roots = torch._foreach_lerp(exp_avg_sqs, squares, [1 - beta2 for beta2 in beta2s])
+    torch._foreach_div_(roots, [1 - b**age for b, age in zip(beta2s, ages, strict=True)])
+    torch._foreach_sqrt_(roots)
+    torch._foreach_add_(roots, list(epss))
+    directions = torch._foreach_mul(torch._foreach_abs(parameters), gradients)
+    torch._foreach_div_(directions, roots)
+    return list(directions)
 
 
 class Perturbation:
     """Parameters moved by ``rho`` along some directions; :meth:`restore` puts back the very bits.
 
+    Directions that are not finite move nothing.
+
     Args:
         parameters: moved in place at construction.
-        directions: of the same shapes.
+        directions: of the same shapes; overwritten.
         rho: length of the move.
         scope: ``"global"`` divides by the norm over all directions, ``"tensor"`` gives every
             tensor the whole radius.
+        total: adds up over processes.
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], directions: Sequence[Tensor], rho: float, scope: str
+        self,
+        parameters: Sequence[Tensor],
+        directions: list[Tensor],
+        rho: float,
+        scope: str,
+        total: Total = here,
     ) -> None:
         self.parameters = list(parameters)
         self._saved = [p.clone() for p in parameters]
-        if scope == "tensor":
-            norms = list(torch._foreach_norm(list(directions)))
-        else:
-            norms = [norm(directions)] * len(directions)
-        moves = [d * (rho / (n + TINY)).to(d.dtype) for d, n in zip(directions, norms, strict=True)]
-        torch._foreach_add_(self.parameters, moves)
+        lengths = norms(directions, total)
+        if scope == "global":
+            lengths = torch.linalg.vector_norm(lengths).expand_as(lengths)
+        for move, length in zip(directions, lengths.unbind(), strict=True):
+            move.mul_((rho / (length + TINY)).to(move.dtype)).nan_to_num_(0.0, 0.0, 0.0)
+        torch._foreach_add_(self.parameters, directions)
 
     def restore(self) -> None:
         """Undo the move."""
         torch._foreach_copy_(self.parameters, self._saved)
 
 
-def shear_force(adversarial: Sequence[Tensor], gradient: Sequence[Tensor]) -> list[Tensor]:
+def shear_force(
+    adversarial: Sequence[Tensor], gradient: Sequence[Tensor], total: Total = here
+) -> list[Tensor]:
     """The part of the adversarial gradient that is orthogonal to the plain one."""
-    along = dot(adversarial, gradient) / (dot(gradient, gradient) + TINY)
+    along = dot(adversarial, gradient, total) / (dot(gradient, gradient, total) + TINY)
     return [a - along.to(g.dtype) * g for a, g in zip(adversarial, gradient, strict=True)]
+
+
+def add_shear(
+    gradients: Sequence[Tensor], shear: Sequence[Tensor], weight: float, total: Total = here
+) -> None:
+    """``g <- g + weight (|g| / |s|) s``, in place."""
+    scale = weight * norm(gradients, total) / (norm(shear, total) + TINY)
+    for g, s in zip(gradients, shear, strict=True):
+        g.add_(s * scale.to(s.dtype))
+
+
+@dataclass
+class FirstPass:
+    """A step between its passes.
+
+    Attributes:
+        parameters: those that the first pass reached.
+        gradients: its gradients, copies of the parts in this process.
+        move: where the parameters were moved to for the second pass.
+        total: adds up over processes.
+    """
+
+    parameters: list[Tensor]
+    gradients: list[Tensor]
+    move: Perturbation
+    total: Total
+
+    @property
+    def is_finite(self) -> Tensor:
+        """Whether the first pass's gradients were, a boolean scalar."""
+        return torch.isfinite(norm(self.gradients, self.total))
+
+    def settle(self, shear: list[Tensor] | None) -> None:
+        """After the second pass: give every parameter the gradient its update uses.
+
+        A parameter that only one pass reached keeps the gradient of that pass, and a second pass
+        that is not finite anywhere counts for nothing.
+
+        Args:
+            shear: overwritten by the shear force, where it is kept.
+        """
+        for p, g in zip(self.parameters, self.gradients, strict=True):
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+                local(p.grad).copy_(g)
+        adversarial = [local(p.grad) for p in self.parameters]
+        finite = torch.isfinite(norm(adversarial, self.total))
+        for a, g in zip(adversarial, self.gradients, strict=True):
+            torch.where(finite, a, g, out=a)
+        if shear is not None:
+            torch._foreach_copy_(shear, shear_force(adversarial, self.gradients, self.total))
 
 
 @dataclass
@@ -99,6 +197,8 @@ class Alignment:
 
     def observe(self, phi: float) -> bool:
         """Take in a cosine; true if the gradient has turned against the shear force."""
+        if not math.isfinite(phi):
+            return False
         self.phi = phi
         if self.since_sync != 0:
             self.nu = self.beta * self.nu + (1 - self.beta) * phi * phi

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiny_onn.optim.sharding import local
+
 SAM_MODES = ("off", "sync", "delayed", "adaptive")
 UPDATE_SCALES = ("rms", "energy")
 
@@ -42,42 +44,44 @@ def check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"betas[{i}] must be in [0, 1). Got {beta}")
     _check_choice("update_scale", group["update_scale"], UPDATE_SCALES)
     _check_choice("orthogonal", group["orthogonal"], (None, True, False))
+    _check_choice("flatten", group["flatten"], (True, False))
 
 
-def check_parameter(p: Tensor, orthogonal: bool | None) -> None:
+def check_parameter(p: Tensor, group: dict[str, Any]) -> None:
     """Refuse a parameter that the optimizer has no rule for."""
     shape = tuple(p.shape)
     if p.is_complex():
         raise ValueError(f"complex parameters are not supported. Got {p.dtype} of shape {shape}")
     if p.layout != torch.strided:
         raise ValueError(f"sparse parameters are not supported. Got {p.layout} of shape {shape}")
-    if orthogonal and p.ndim not in (2, 3):
+    if group["orthogonal"] and p.ndim not in (2, 3) and not (group["flatten"] and p.ndim > 3):
         raise ValueError(
             f"an orthogonal group takes matrices [m, n] and stacks [E, m, n]. Got shape {shape}: "
-            "flatten it, or set orthogonal=False"
+            "set flatten=True for convolution kernels, or orthogonal=False"
         )
 
 
-def check_gradient(p: Tensor) -> None:
-    """Refuse a sparse gradient."""
-    assert p.grad is not None
-    if p.grad.layout != torch.strided:
-        raise ValueError(
-            f"sparse gradients are not supported. Got {p.grad.layout} of shape {tuple(p.shape)}"
-        )
+def local_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The parts in this process of the gradients of parameters that all have one.
 
-
-def gradients_of(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients of parameters that all have one."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    assert len(gradients) == len(parameters), "a parameter without gradient was not left out"
-    return gradients
+    Raises:
+        ValueError: for a sparse gradient.
+    """
+    for p in parameters:
+        assert p.grad is not None, "a parameter without gradient was not left out"
+        if p.grad.layout != torch.strided:
+            raise ValueError(
+                f"sparse gradients are not supported. Got {p.grad.layout} of shape {tuple(p.shape)}"
+            )
+    return [local(p.grad) for p in parameters]
 
 
 def is_orthogonal(p: Tensor, group: dict[str, Any]) -> bool:
     """Whether a parameter of this group is orthogonalised or takes AdamW."""
     wanted = group["orthogonal"]
-    return p.ndim in (2, 3) if wanted is None else bool(wanted)
+    if wanted is None:
+        return p.ndim in (2, 3) or (group["flatten"] and p.ndim > 3)
+    return bool(wanted)
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

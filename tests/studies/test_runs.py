@@ -1,0 +1,78 @@
+"""Cached runs, and what a study writes."""
+
+import json
+import math
+import os
+
+import pytest
+
+from tiny_onn.studies.findings import Findings, Verdict, markdown, spread
+from tiny_onn.studies.runs import RunCache, Stopwatch, run_all
+
+
+def double(settings):
+    return {"value": settings["x"] * 2, "pid": os.getpid()}
+
+
+def refuse(settings):
+    if settings["x"] == 2:
+        raise RuntimeError("no")
+    return {"value": settings["x"]}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_runs_are_cached_and_come_in_order(tmp_path, workers):
+    cache = RunCache(tmp_path)
+    cache.keep({"x": 3}, {"value": "kept"})
+    seen = []
+    runs = [{"x": x} for x in (1, 3, 1, 2)]
+    found = run_all(
+        double, runs, cache, workers=workers, observer=lambda n, of, s, f: seen.append((n, of))
+    )
+    assert [f["value"] for f in found] == [2, "kept", 2, 4]
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert (found[0]["pid"] == os.getpid()) == (workers == 1)
+    assert run_all(refuse, runs, cache) == found
+
+
+def test_a_run_that_fails_keeps_the_others(tmp_path):
+    cache = RunCache(tmp_path)
+    with pytest.raises(RuntimeError, match="no"):
+        run_all(refuse, [{"x": 1}, {"x": 2}, {"x": 3}], cache)
+    assert cache.load({"x": 1}) == {"value": 1}
+    assert cache.load({"x": 2}) is None
+
+
+def test_a_file_that_was_cut_short_is_run_again(tmp_path):
+    cache = RunCache(tmp_path)
+    cache.keep({"x": 1}, {"value": 0})
+    next(tmp_path.iterdir()).write_text('{"settings": {"x"')
+    assert run_all(double, [{"x": 1}], cache)[0]["value"] == 2
+
+
+def test_findings_are_written(tmp_path):
+    findings = Findings(
+        {"a": 1},
+        {"figures": [{"arm": "x", "loss": "0.5"}]},
+        [Verdict("it works", False, "0.5"), Verdict("who knows", None, "-")],
+        lambda path: path.write_bytes(b"png"),
+    )
+    findings.write(tmp_path / "study")
+    result = json.loads((tmp_path / "study" / "result.json").read_text())
+    assert result["a"] == 1 and result["verdicts"][0]["holds"] is False
+    text = (tmp_path / "study" / "tables.md").read_text()
+    assert "| x | 0.5 |" in text and "does not hold: it works (0.5)" in text
+    assert (tmp_path / "study" / "plot.png").exists()
+    assert markdown([]) == "|  |\n|  |\n"
+
+
+def test_spread_leaves_out_what_is_not_finite():
+    assert spread([1.0, 3.0, math.inf]) == {"mean": 2.0, "std": pytest.approx(math.sqrt(2))}
+    assert spread([5.0])["std"] == 0.0
+    assert math.isnan(spread([])["mean"])
+
+
+def test_the_stopwatch_goes_on():
+    watch = Stopwatch()
+    sum(range(100_000))
+    assert watch.seconds > 0
