@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from tiny_onn.studies.findings import Findings, Verdict, markdown, spread
+from tiny_onn.studies.findings import Findings, Verdict, finite, markdown, spread
 from tiny_onn.studies.runs import RunCache, Stopwatch, run_all
 
 
@@ -63,7 +63,15 @@ def test_findings_are_written(tmp_path):
     text = (tmp_path / "study" / "tables.md").read_text()
     assert "| x | 0.5 |" in text and "does not hold: it works (0.5)" in text
     assert (tmp_path / "study" / "plot.png").exists()
-    assert markdown([]) == "|  |\n|  |\n"
+    assert markdown([]) == ""
+
+
+def test_figures_that_json_cannot_say_are_null():
+    assert finite({"a": [1.0, math.nan], "b": math.inf, "c": "x"}) == {
+        "a": [1.0, None],
+        "b": None,
+        "c": "x",
+    }
 
 
 def test_spread_leaves_out_what_is_not_finite():

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch.optim import Optimizer
+
 from tiny_onn.arc.batches import DemonstrationStream
 from tiny_onn.arc.checkpoints import Checkpoints
 from tiny_onn.arc.metrics import Metrics
@@ -18,6 +20,7 @@ from tiny_onn.arc.recipe import Recipe, set_learning_rates
 from tiny_onn.arc.schedule import Schedule
 from tiny_onn.arc.tasks import Task
 from tiny_onn.arc.trainer import ARCTrainer, StepResult
+from tiny_onn.models import TinyOnnForCausalLM
 
 ROUTES_EVERY = 10
 """Steps between two looks at the routes, which cost a few milliseconds."""
@@ -37,6 +40,8 @@ class TrainingRun:
         tasks: the i-th task gets row i of the task embedding.
         recipe: all settings.
         device: where the model lives.
+        optimizer: makes another optimizer of the model than the recipe's.
+        clock: seconds of work, by which the schedule goes.
 
     Attributes:
         model: the model; metrics: the last step's figures.
@@ -44,7 +49,15 @@ class TrainingRun:
         computed_tokens: the same with padding.
     """
 
-    def __init__(self, tasks: Sequence[Task], recipe: Recipe, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        recipe: Recipe,
+        device: str = "cpu",
+        *,
+        optimizer: Callable[[TinyOnnForCausalLM], Optimizer] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.recipe = recipe
         self.task_ids = [task.id for task in tasks]
         self.model = recipe.model.build(len(tasks), recipe.seed)
@@ -53,7 +66,8 @@ class TrainingRun:
         short = device == "cpu" and self.stream.row_tokens <= 256
         self.model.set_attn_implementation("eager" if short else "sdpa")
         self.model.to(device)
-        self.optimizer = recipe.optimizer.build(self.model)
+        self.optimizer = (optimizer or recipe.optimizer.build)(self.model)
+        self._clock = clock
         self.trainer = ARCTrainer(
             self.model,
             self.optimizer,
@@ -128,13 +142,13 @@ class TrainingRun:
         }
 
     def _advance(self) -> Metrics:
-        start = time.perf_counter()
+        start = self._clock()
         self.schedule.update(self.step, self.seconds)
         factor = self.schedule.factor(self.step)
         set_learning_rates(self.optimizer, factor)
         batch = self.stream.next_batch().to(self.model.device)
         result = self.trainer.train_step(batch)
-        elapsed = time.perf_counter() - start
+        elapsed = self._clock() - start
         self.seconds += elapsed
         self.tokens += batch.real_tokens
         self.computed_tokens += batch.input_ids.numel()

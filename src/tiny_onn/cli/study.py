@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,10 +18,10 @@ if TYPE_CHECKING:
 study = typer.Typer(add_completion=False, help="Put a claim to the test over several seeds.")
 
 Out = Annotated[
-    Path | None,
+    Path,
     typer.Option(metavar="DIR", help="Folder for runs, tables and plot; goes on there."),
 ]
-Seeds = Annotated[int | None, typer.Option(min=1, help="How many seeds are reported.")]
+Seeds = Annotated[int, typer.Option(min=1, help="How many seeds are reported.")]
 Full = Annotated[bool, typer.Option("--full", help="The published sizes: for a GPU or a night.")]
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Processes of one thread each; all cores by default.")
@@ -32,9 +33,31 @@ def group() -> None:
     """Put a claim to the test over several seeds."""
 
 
+@study.command("optimizer")
+def study_optimizer(
+    out: Out = Path("runs/study-optimizer"),
+    seeds: Seeds = 3,
+    full: Full = False,
+    workers: Workers = None,
+    json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Does ARS2-Neo learn better than AdamW, Muon and SAM? And does AGA beat a coin?"""
+    from tiny_onn.studies.optimizer import study as run
+
+    found = run(out, full=full, seeds=seeds, workers=cores(workers), observer=progress(json))
+    show(found, out, json)
+
+
+def cores(workers: int | None) -> int:
+    """So many processes, or one for each core."""
+    return workers or os.cpu_count() or 1
+
+
 def show(findings: Findings, out: Path, json: bool) -> None:
     """Write what a study found into its folder, and print it."""
     from tiny_onn.runinfo import run_info
+    from tiny_onn.studies.findings import finite
 
     findings.write(out)
     console = opt.console(json)
@@ -49,7 +72,7 @@ def show(findings: Findings, out: Path, json: bool) -> None:
         console.print(str(verdict), highlight=False, soft_wrap=True, markup=False)
     console.print(f"tables and plot: {out}", highlight=False, soft_wrap=True, markup=False)
     if json:
-        opt.print_json(findings.result | run_info(0))
+        opt.print_json(finite(findings.result) | run_info(0))
 
 
 def progress(json: bool) -> Observer:

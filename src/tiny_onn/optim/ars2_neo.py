@@ -42,7 +42,7 @@ from tiny_onn.optim.validation import (
 
 Closure = Callable[[], Any]
 
-_SETTINGS = ("sam", "rho", "perturb_scope", "alpha", "gamma", "process_group")
+_SETTINGS = ("sam", "rho", "perturb_scope", "alpha", "gamma", "trigger", "process_group")
 _ITERATION = ("newton_schulz", "ns_steps", "ns_dtype")
 _OWN = (*_SETTINGS, *_ITERATION, "_alignment", "_updates", "_alpha", "_last", "_halfway", "_first")
 
@@ -73,6 +73,8 @@ class ARS2Neo(Optimizer):
             with weight ``alpha (1 + max(0, phi)) ** gamma``, as long as the gradient.
         aga_beta, aga_lambda: a second pass is due when ``phi < -aga_lambda * sigma``, with sigma²
             the running mean of phi² of decay ``aga_beta``.
+        trigger: decides in place of that rule: takes the :class:`Alignment` with the newest
+            ``phi`` and returns whether a second pass is due, in every process the same.
         process_group: processes that hold the same parameters and gradients, as those of
             DistributedDataParallel do; they share out the orthogonalisation. Parameters that
             ``fully_shard`` has spread need none.
@@ -108,6 +110,7 @@ class ARS2Neo(Optimizer):
         gamma: float = 1.0,
         aga_beta: float = 0.9,
         aga_lambda: float = 1.0,
+        trigger: Callable[[Alignment], bool] | None = None,
         process_group: Group = None,
     ) -> None:
         defaults = {
@@ -127,6 +130,7 @@ class ARS2Neo(Optimizer):
         self.newton_schulz = newton_schulz
         self.ns_steps = ns_steps
         self.ns_dtype = ns_dtype
+        self.trigger = trigger
         self.process_group = process_group
         self._alignment = Alignment(aga_beta, aga_lambda, 1 if sam == "sync" else sync_every)
         self._updates: dict[Tensor, int] = {}
@@ -274,7 +278,8 @@ class ARS2Neo(Optimizer):
         if self.process_group is not None:
             torch.distributed.broadcast(phi, group=self.process_group, group_src=0)
         # The only host read of a step: the decision to run a second pass is the host's.
-        return self._alignment.observe(float(phi))
+        turned = self._alignment.observe(float(phi))
+        return turned if self.trigger is None else self.trigger(self._alignment)
 
     def _add_shear(self, parameters: list[Tensor], gradients: list[Tensor]) -> None:
         shear, total = self._kept("shear", parameters), total_of(parameters)

@@ -47,7 +47,7 @@ class Findings:
         """Write ``result.json``, ``tables.md`` and ``plot.png`` into a folder."""
         folder.mkdir(parents=True, exist_ok=True)
         verdicts = [vars(v) for v in self.verdicts]
-        text = json.dumps(self.result | {"verdicts": verdicts}, indent=1)
+        text = json.dumps(finite(self.result) | {"verdicts": verdicts}, indent=1)
         (folder / "result.json").write_text(text + "\n", encoding="utf-8")
         parts = [f"## {title}\n\n{markdown(rows)}" for title, rows in self.tables.items()]
         parts.append("## verdicts\n\n" + "".join(f"- {v}\n" for v in self.verdicts))
@@ -56,9 +56,20 @@ class Findings:
             self.plot(folder / "plot.png")
 
 
+def finite(value: Any) -> Any:
+    """The same nested figures with None for every number that JSON can't say."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def markdown(rows: Sequence[Row]) -> str:
     """A table in Markdown."""
-    columns = list(rows[0]) if rows else []
+    if not rows:
+        return ""
+    columns = list(rows[0])
     lines = [columns, ["---"] * len(columns), *([row[c] for c in columns] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

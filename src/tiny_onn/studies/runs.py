@@ -126,13 +126,18 @@ def _run_in_processes(
             raise
 
 
-class Stopwatch:
+def clock() -> Callable[[], float]:
     """Seconds of work: of this process's processor time where it computes with one thread on a CPU,
     which a busy machine doesn't distort; of wall-clock time otherwise."""
+    alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
+    return time.process_time if alone else time.perf_counter
+
+
+class Stopwatch:
+    """Seconds of work since construction."""
 
     def __init__(self) -> None:
-        alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
-        self._clock = time.process_time if alone else time.perf_counter
+        self._clock = clock()
         self._start = self._clock()
 
     @property
