@@ -12,6 +12,7 @@ A stack of matrices ``[E, m, n]`` is E matrices. Everything that is not a matrix
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -153,11 +154,13 @@ class ARS2Neo(Optimizer):
             self._make_state(p)
 
     def _make_state(self, p: Tensor) -> None:
+        """The state of a parameter: what it has is kept, what is missing begins at zero."""
         state = self.state[p]
-        state["step"] = torch.zeros((), dtype=torch.float32)
-        self._updates[p] = 0
+        state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32, device="cpu")
+        self._updates[p] = int(state["step"])
         for name in ("exp_avg", "exp_avg_sq", *(["shear"] if self._keeps_shear else [])):
-            state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            if name not in state:
+                state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
     @property
     def _keeps_shear(self) -> bool:
@@ -343,8 +346,8 @@ class ARS2Neo(Optimizer):
         return [layout.part(u) for layout, u in zip(layouts, updates, strict=True)]
 
     def _newton_schulz(self, u: Tensor) -> Tensor:
-        steps, dtype = self.ns_steps, self.ns_dtype
-        return orthogonalize(u, method=self.newton_schulz, steps=steps, dtype=dtype)
+        method, steps, dtype = self.newton_schulz, self.ns_steps, self.ns_dtype
+        return orthogonalize(u, method=method, steps=steps, dtype=dtype)
 
     # What others read.
 
@@ -378,17 +381,16 @@ class ARS2Neo(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a ``state_dict()``, bit for bit; the schedule of the second passes is every
-        group's ``aga``."""
-        super().load_state_dict(state_dict)
-        for p, state in self.state.items():
-            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device="cpu")
-            self._updates[p] = int(state["step"])
-        self._alignment = Alignment(**self.param_groups[0]["aga"])
+        group's ``aga``. A state of another mode serves, too."""
+        # torch would share the tensors with the state that is loaded.
+        super().load_state_dict(copy.deepcopy(state_dict))
+        for p in self._parameters():
+            self._make_state(p)
+        self._alignment.load_state_dict(self.param_groups[0].get("aga", {}))
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's own leaves out what a subclass adds, and so would deepcopy and pickle.
-        own = {name: vars(self)[name] for name in _OWN}
-        return super().__getstate__() | own
+        return super().__getstate__() | {name: vars(self)[name] for name in _OWN}
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -212,5 +212,13 @@ class Alignment:
         self.since_sync = 0 if synced else (self.since_sync or 0) + 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers."""
-        return asdict(self)
+        """What it remembers, without its settings: plain numbers."""
+        return {name: getattr(self, name) for name in _MEMORY}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what another one remembered."""
+        for name in state.keys() & set(_MEMORY):
+            setattr(self, name, state[name])
+
+
+_MEMORY = ("nu", "observed", "since_sync", "steps", "syncs", "phi")

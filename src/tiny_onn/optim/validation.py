@@ -36,6 +36,8 @@ def check_arguments(optimizer: Any, sync_every: int, aga_beta: float, aga_lambda
 
 def check_group(group: dict[str, Any]) -> None:
     """Refuse options of a group that are out of range."""
+    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+        raise ValueError(f"a tensor lr must have 1 element. Got shape {tuple(group['lr'].shape)}")
     for name in ("lr", "eps", "weight_decay"):
         if not float(group[name]) >= 0:
             raise ValueError(f"{name} must be at least 0. Got {group[name]}")
