@@ -3,6 +3,10 @@
 import json
 import math
 import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +45,49 @@ def test_a_run_that_fails_keeps_the_others(tmp_path):
         run_all(refuse, [{"x": 1}, {"x": 2}, {"x": 3}], cache)
     assert cache.load({"x": 1}) == {"value": 1}
     assert cache.load({"x": 2}) is None
+
+
+def nap(settings):
+    (Path(settings["folder"]) / f"{os.getpid()}.pid").touch()
+    time.sleep(60)
+    return {}
+
+
+def test_an_interrupted_study_leaves_no_process_behind(tmp_path):
+    script = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import signal; signal.signal(signal.SIGTERM, signal.default_int_handler)
+from pathlib import Path
+from test_runs import nap
+from tiny_onn.studies.runs import RunCache, run_all
+if __name__ == "__main__":
+    runs = [{{"folder": {str(tmp_path)!r}, "x": x}} for x in range(4)]
+    run_all(nap, runs, RunCache(Path({str(tmp_path / "cache")!r})), workers=2)
+"""
+    (tmp_path / "main.py").write_text(script)
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "main.py")], stderr=subprocess.PIPE)
+    workers = []
+    for _ in range(600):
+        workers = [int(path.stem) for path in tmp_path.glob("*.pid")]
+        if len(workers) == 2:
+            break
+        time.sleep(0.1)
+    parent.terminate()
+    assert b"KeyboardInterrupt" in parent.communicate(timeout=20)[1]
+    assert len(workers) == 2
+    for _ in range(100):
+        if not any(is_running(pid) for pid in workers):
+            return
+        time.sleep(0.1)
+    raise AssertionError("a worker is still running")
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_a_file_that_was_cut_short_is_run_again(tmp_path):

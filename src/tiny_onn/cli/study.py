@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,6 +32,8 @@ Workers = Annotated[
 @study.callback()
 def group() -> None:
     """Put a claim to the test over several seeds."""
+    # Terminated as if interrupted, so that the processes of a study end with it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @study.command("optimizer")
@@ -44,6 +47,22 @@ def study_optimizer(
 ) -> None:
     """Does ARS2-Neo learn better than AdamW, Muon and SAM? And does AGA beat a coin?"""
     from tiny_onn.studies.optimizer import study as run
+
+    found = run(out, full=full, seeds=seeds, workers=cores(workers), observer=progress(json))
+    show(found, out, json)
+
+
+@study.command("routing")
+def study_routing(
+    out: Out = Path("runs/study-routing"),
+    seeds: Seeds = 5,
+    full: Full = False,
+    workers: Workers = None,
+    json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Is an MLP the only router that follows XOR? And what do routers cost?"""
+    from tiny_onn.studies.routing import study as run
 
     found = run(out, full=full, seeds=seeds, workers=cores(workers), observer=progress(json))
     show(found, out, json)

@@ -122,7 +122,10 @@ def _run_in_processes(
                     cache.keep(runs[key], figures)
                     take(key, figures)
         except BaseException:
+            # A run may take minutes: one that was begun is not waited for.
             pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                child.kill()
             raise
 
 
