@@ -224,7 +224,7 @@ class ARS2Neo(Optimizer):
         if self._first is not None and bool(self._first.is_finite):
             raise RuntimeError("first_step() was called twice without a second_step()")
         self._abandon()
-        self._halfway = True
+        self._halfway = self.sam != "off"
         parameters = [p for p in self._parameters() if p.grad is not None]
         if self.sam == "off" or not parameters:
             return False

@@ -154,6 +154,6 @@ def in_shares(
     mine = batch[start : start + each]
     if len(mine):
         share[: len(mine)] = work(mine)
-    shares = batch.new_empty(size * each, *batch.shape[1:])
-    dist.all_gather_into_tensor(shares, share, group=group)
-    return shares.roll(turn % size * each, dims=0)[: len(batch)]
+    shares = batch.new_empty(size, each, *batch.shape[1:])
+    dist.all_gather(list(shares), share, group=group)
+    return shares.roll(turn, dims=0).flatten(0, 1)[: len(batch)]
