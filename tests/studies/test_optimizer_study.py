@@ -94,7 +94,7 @@ def test_tuning_data_is_not_reported():
 def fake_run(settings):
     """Best at lr 0.3 and rho 0.1; the coin is as good as AGA."""
     gap = abs(math.log10(settings["lr"] / 0.3)) + abs(settings["rho"] - 0.1)
-    bonus = {"adaptive": 0.2, "coin": 0.2, "sync": 0.1}.get(settings["arm"], 0.0)
+    bonus = {"adaptive": 0.2, "coin": 0.2, "delayed": 0.2, "sync": 0.1}.get(settings["arm"], 0.0)
     noise = 0.01 * (settings["seed"] % 3)
     figures = {"accuracy": bonus - gap + noise, "loss": gap, "steps": 1, "passes": 1}
     return figures | {"seconds": 1.0, "sync_rate": 0.25 if settings["arm"] == "adaptive" else 0.0}
@@ -110,7 +110,7 @@ def test_the_search_goes_on_beyond_an_edge_and_the_coin_has_agas_settings(tmp_pa
     tuned = found.result["mnist1d_x"]["tuned"]
     assert tuned["adamw"]["lr"] == 0.25  # 1, 0.5, 0.25, 0.125: the last is worse
     assert tuned["off"]["lr"] == 0.3 and tuned["adaptive"] == {"lr": 0.3, "rho": 0.1}
-    assert tuned["coin"] == tuned["adaptive"]
+    assert tuned["coin"] == tuned["delayed"] == tuned["adaptive"]
     text = {verdict.claim.split(": ")[1]: verdict.holds for verdict in found.verdicts}
     assert text["AGA beats as many second passes at random times"] is None
     assert text["AGA beats orthogonalised Adam without second passes"] is True

@@ -16,7 +16,7 @@ from tiny_onn.studies import grokking, mnist1d
 from tiny_onn.studies.arc_demo import train_and_score
 from tiny_onn.studies.findings import Findings
 from tiny_onn.studies.optimizer_findings import summarise
-from tiny_onn.studies.optimizers import ARMS, TWO_PASS, build
+from tiny_onn.studies.optimizers import ABLATIONS, ARMS, TWO_PASS, build
 from tiny_onn.studies.runs import Figures, Observer, Run, RunCache, Settings, run_all
 
 TUNING_SEED = 100
@@ -131,7 +131,7 @@ def problems(full: bool, seeds: int) -> list[Problem]:
         {"prime": 59, "share": 0.4, "epochs": 400} | grok,
         rates,
         grokking_cost,
-        seeds=seeds,
+        seeds=max(8, seeds),
     )
     return [grokking_problem, *mnist, arc]
 
@@ -180,7 +180,7 @@ Runner = Callable[[Problem, list[Settings]], list[Figures]]
 
 
 def _tune(problem: Problem, run_many: Runner) -> dict[str, Settings]:
-    """The best learning rate and radius of every optimizer, but the coin, which has AGA's."""
+    """The best learning rate and radius of every optimizer; AGA's ablations have AGA's."""
     best: dict[str, Settings] = {}
     tried: dict[str, dict[float, Any]] = {arm: {} for arm in problem.rates}
     open_rates = {arm: list(rates) for arm, rates in problem.rates.items()}
@@ -206,7 +206,7 @@ def _tune(problem: Problem, run_many: Runner) -> dict[str, Settings]:
         radii[settings["arm"]].append((problem.cost(figures), choice))
     for arm, found in radii.items():
         best[arm] = min(found, key=lambda pair: pair[0])[1]
-    return best | {"coin": best["adaptive"]}
+    return best | dict.fromkeys(ABLATIONS, best["adaptive"])
 
 
 def _beyond(costs: dict[float, Any]) -> list[float]:
@@ -221,10 +221,10 @@ def _beyond(costs: dict[float, Any]) -> list[float]:
 
 
 def _compare(problem: Problem, best: dict[str, Settings], run_many: Runner) -> dict[str, Any]:
-    """Reported runs of every optimizer; the coin's rate is AGA's on the same seed."""
+    """Reported runs of every optimizer; its ablations have AGA's rate on the same seed."""
     wanted: dict[tuple[str, str, int], Settings] = {}
     for report, options in problem.reports.items():
-        for arm in ARMS[:-1]:
+        for arm in (arm for arm in ARMS if arm not in ABLATIONS):
             same = report == "equal_passes" and arm not in TWO_PASS
             options_of_arm = problem.reports["equal_steps"] if same else options
             for seed in range(problem.seeds):
@@ -232,20 +232,21 @@ def _compare(problem: Problem, best: dict[str, Settings], run_many: Runner) -> d
                     problem, options_of_arm, arm, best[arm]["lr"], best[arm]["rho"], seed
                 )
     runs = dict(zip(wanted, run_many(problem, list(wanted.values())), strict=True))
-    coins = {
-        (report, "coin", seed): _settings(
+    ablations = {
+        (report, ablation, seed): _settings(
             problem,
             problem.reports[report],
-            "coin",
-            best["coin"]["lr"],
-            best["coin"]["rho"],
+            ablation,
+            best[ablation]["lr"],
+            best[ablation]["rho"],
             seed,
             round(figures["sync_rate"], 6),
         )
         for (report, arm, seed), figures in runs.items()
+        for ablation in ABLATIONS
         if arm == "adaptive"
     }
-    runs |= dict(zip(coins, run_many(problem, list(coins.values())), strict=True))
+    runs |= dict(zip(ablations, run_many(problem, list(ablations.values())), strict=True))
     return {
         "tuned": best,
         "reports": {

@@ -9,7 +9,7 @@ from statistics import NormalDist
 from typing import Any
 
 from tiny_onn.studies.findings import Findings, Row, Verdict, spread, text_of
-from tiny_onn.studies.optimizers import ARMS
+from tiny_onn.studies.optimizers import ARMS, LONGEST
 from tiny_onn.studies.runs import Figures
 
 MEASURES = {
@@ -22,8 +22,8 @@ MEASURES = {
 HEADLINE = {"grokking": ("epochs", -1), "mnist1d": ("accuracy", 1), "arc": ("held_out_loss", -1)}
 """The figure that decides a problem, and whether more of it is better."""
 
-LAMBDA, LONGEST = 1.0, 10
-"""AGA's threshold and longest interval, as the study runs it."""
+LAMBDA = 1.0
+"""AGA's threshold, as the study runs it."""
 
 Runs = dict[str, list[Figures]]
 
@@ -92,6 +92,7 @@ def _verdicts(name: str, reports: dict[str, Runs]) -> list[Verdict]:
         where = f"{name}, {report.replace('_', ' ')}, {measure}"
         for claim, a, b in (
             ("AGA beats as many second passes at random times", "adaptive", "coin"),
+            ("AGA beats as many second passes at even intervals", "adaptive", "delayed"),
             ("AGA beats orthogonalised Adam without second passes", "adaptive", "off"),
             ("a second pass in every step beats none", "sync", "off"),
             ("ARS2-Neo without second passes beats Muon", "off", "muon"),

@@ -13,11 +13,17 @@ from torch.optim import Optimizer
 
 from tiny_onn.optim import ARS2Neo, param_groups
 
-ARMS = ("adamw", "muon", "sam_adamw", "off", "sync", "adaptive", "coin")
-"""AdamW; Muon on matrices with AdamW on the rest; SAM (arXiv:2010.01412) on AdamW; ARS2-Neo
-without second passes, with one in every step, with AGA's, and with as many at random."""
+ABLATIONS = ("coin", "delayed")
+"""AGA's second passes at other times: as many at random, and as many at even intervals."""
 
-TWO_PASS = ("sam_adamw", "sync", "adaptive", "coin")
+ARMS = ("adamw", "muon", "sam_adamw", "off", "sync", "adaptive", *ABLATIONS)
+"""AdamW; Muon on matrices with AdamW on the rest; SAM (arXiv:2010.01412) on AdamW; ARS2-Neo
+without second passes, with one in every step, with AGA's, and its ablations."""
+
+TWO_PASS = ("sam_adamw", "sync", "adaptive", *ABLATIONS)
+
+LONGEST = 10
+"""Steps after which AGA takes a second pass whatever the geometry."""
 
 NEVER = 10**9
 
@@ -41,7 +47,7 @@ def build(
         arm: one of :data:`ARMS`.
         lr: of the matrices, in AdamW's units; adam_lr: of everything else, by default the same.
         rho: radius of the second pass.
-        coin_rate: share of the steps with a second pass, for the coin; seed: of its throws.
+        coin_rate: share of the steps with a second pass, for the ablations; seed: of the throws.
     """
     groups = param_groups(
         model,
@@ -67,7 +73,8 @@ def build(
             trigger=coin(coin_rate, seed),
             ns_dtype="auto",
         )
-    return ARS2Neo(groups, betas=betas, sam=arm, rho=rho, ns_dtype="auto")
+    every = max(1, round(1 / coin_rate)) if arm == "delayed" else LONGEST
+    return ARS2Neo(groups, betas=betas, sam=arm, rho=rho, sync_every=every, ns_dtype="auto")
 
 
 def coin(rate: float, seed: int) -> Callable[[object], bool]:
