@@ -47,7 +47,10 @@ BAD_SIZES: list[tuple[dict[str, Any], str]] = [
         {"hidden_size": 4, "position_type": "sequence"},
         "head_dim must be even and at least 2. Got 1",
     ),
-    ({"router": "mpl"}, "router must be one of linear, cpr, capr, mlp. Got 'mpl'"),
+    (
+        {"router": "mpl"},
+        "router must be one of linear, cpr, capr, mlp, affine, quadratic. Got 'mpl'",
+    ),
     (
         {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10.0}},
         "rope_parameters['rope_type'] must be 'default'. Got 'yarn'",

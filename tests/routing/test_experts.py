@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiny_onn.routing import GroupedExperts, LinearRouter, MixtureOfExperts
-from tiny_onn.routing.experts import Implementation, dispatch, grouped_mm_accepts, row_multiple
+from tiny_onn.routing.experts import Implementation, dispatch
+from tiny_onn.routing.grouped import grouped_mm_accepts, row_multiple
 
 N, D, OUT, WIDTH, E = 23, 8, 12, 16, 4
 Kind = Literal["linear", "swiglu"]
@@ -95,7 +96,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("kind", ["linear", "swiglu"])
-@pytest.mark.parametrize("implementation", ["grouped", "loop", "auto"])
+@pytest.mark.parametrize("implementation", ["grouped", "dense", "loop", "auto"])
 @pytest.mark.parametrize(("pattern", "top_k"), CASES)
 def test_experts_equal_a_double_loop(
     kind: Kind, implementation: Implementation, pattern: str, top_k: int
@@ -134,7 +135,7 @@ def test_gradcheck() -> None:
 
 
 @pytest.mark.parametrize("kind", ["linear", "swiglu"])
-@pytest.mark.parametrize("implementation", ["grouped", "loop"])
+@pytest.mark.parametrize("implementation", ["grouped", "dense", "loop"])
 def test_no_tokens_at_all(kind: Kind, implementation: Implementation) -> None:
     experts = make(kind, implementation)
     x = torch.zeros(0, D, requires_grad=True)
@@ -178,7 +179,7 @@ def test_what_grouped_mm_accepts() -> None:
 
 
 @pytest.mark.parametrize("kind", ["linear", "swiglu"])
-@pytest.mark.parametrize("implementation", ["auto", "loop"])
+@pytest.mark.parametrize("implementation", ["auto", "dense", "loop"])
 @pytest.mark.parametrize("tokens", [N, 300])
 def test_bfloat16_autocast_is_near(kind: Kind, implementation: Implementation, tokens: int) -> None:
     """Also with so many tokens that the experts' runs are filled up."""
@@ -280,5 +281,5 @@ def test_sizes_below_one_are_refused(name: str) -> None:
 
 
 def test_an_unknown_implementation_is_refused() -> None:
-    with pytest.raises(ValueError, match="'auto', 'grouped' or 'loop'. Got 'fast'"):
+    with pytest.raises(ValueError, match="one of 'auto', 'grouped', 'dense', 'loop'. Got 'fast'"):
         GroupedExperts(2, 4, implementation="fast")  # type: ignore[arg-type]

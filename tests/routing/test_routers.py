@@ -12,7 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tiny_onn.routing import ROUTERS, CrossAttentionRouter, LinearRouter, MLPRouter, route
-from tiny_onn.routing.routers import Router, load_balancing_loss
+from tiny_onn.routing.routers import (
+    AffineRouter,
+    QuadraticRouter,
+    Router,
+    load_balancing_loss,
+)
 
 Array = NDArray[np.float64]
 D, E = 6, 5
@@ -39,7 +44,22 @@ def _mlp(x: Array, p: dict[str, Array]) -> Array:
     return (hidden / (1 + np.exp(-hidden))) @ p["down_proj"].T
 
 
-FORMULAS = {"linear": _linear, "cpr": _cpr, "capr": _capr, "mlp": _mlp}
+def _affine(x: Array, p: dict[str, Array]) -> Array:
+    return x @ p["weight"].T + p["bias"]
+
+
+def _quadratic(x: Array, p: dict[str, Array]) -> Array:
+    return (x @ p["up_proj"].T + p["bias"]) ** 2 @ p["down_proj"].T
+
+
+FORMULAS = {
+    "linear": _linear,
+    "cpr": _cpr,
+    "capr": _capr,
+    "mlp": _mlp,
+    "affine": _affine,
+    "quadratic": _quadratic,
+}
 
 
 def make(name: str) -> Router:
@@ -62,7 +82,7 @@ def test_a_router_is_its_formula(name: str) -> None:
     x = torch.randn(64, D, dtype=torch.float64)
     parameters = {key: p.detach().double().numpy() for key, p in router.named_parameters()}
     expected = FORMULAS[name](x.numpy(), parameters)
-    np.testing.assert_allclose(router(x).detach().numpy(), expected, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(router(x).detach().numpy(), expected, rtol=1e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", ROUTERS)
@@ -139,10 +159,41 @@ def _parity_accuracy(router: Router) -> float:
     return float((router(x).argmax(-1) == label).float().mean())
 
 
-def test_only_the_mlp_router_learns_a_parity() -> None:
+def test_routers_with_a_hidden_layer_learn_a_parity_and_linear_ones_do_not() -> None:
     torch.manual_seed(0)
     assert _parity_accuracy(MLPRouter(8, 2, router_hidden_size=16)) > 0.95
+    assert _parity_accuracy(QuadraticRouter(8, 2, rank=4)) > 0.95
     assert _parity_accuracy(LinearRouter(8, 2)) < 0.75
+    assert _parity_accuracy(AffineRouter(8, 2)) < 0.75
+
+
+def test_the_quadratic_router_is_a_parity_when_its_weights_say_so() -> None:
+    router = QuadraticRouter(2, 2, rank=2)
+    with torch.no_grad():
+        router.up_proj.copy_(torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
+        router.down_proj.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    x = torch.randn(500, 2)
+    # (a + b)^2 is the larger where the signs agree.
+    assert torch.equal(router(x).argmax(-1), (x.prod(-1) < 0).long())
+
+
+def test_a_fresh_quadratic_router_favours_no_expert() -> None:
+    torch.manual_seed(0)
+    router = QuadraticRouter(32, 4)
+    assert router.up_proj.shape == (8, 32)
+    # Each square has a mean of one up to its row's norm, 1 +- 0.25, and the weights sum to zero.
+    mean_logits = router(torch.randn(20_000, 32)).mean(0)
+    assert mean_logits.abs().max() < 0.6
+
+
+def test_the_affine_router_picks_the_nearest_prototype_when_its_weights_say_so() -> None:
+    prototypes = torch.tensor([[1.0, 0.0], [0.0, 3.0], [-2.0, -2.0]])
+    router = AffineRouter(2, 3)
+    with torch.no_grad():
+        router.weight.copy_(prototypes)
+        router.bias.copy_(-prototypes.square().sum(-1) / 2)
+    x = 2 * torch.randn(500, 2)
+    assert torch.equal(router(x).argmax(-1), torch.cdist(x, prototypes).argmin(-1))
 
 
 def test_route_takes_one_softmax_over_the_chosen() -> None:

@@ -4,22 +4,26 @@ from tiny_onn.routing.experts import GroupedExperts
 from tiny_onn.routing.mixture import MixtureOfExperts
 from tiny_onn.routing.routers import (
     ROUTERS,
+    AffineRouter,
     CosineRouter,
     CrossAttentionRouter,
     LinearRouter,
     MLPRouter,
+    QuadraticRouter,
     Routing,
     route,
 )
 
 __all__ = [
     "ROUTERS",
+    "AffineRouter",
     "CosineRouter",
     "CrossAttentionRouter",
     "GroupedExperts",
     "LinearRouter",
     "MLPRouter",
     "MixtureOfExperts",
+    "QuadraticRouter",
     "Routing",
     "route",
 ]

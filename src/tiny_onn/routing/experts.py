@@ -9,13 +9,24 @@ A plain loop over experts is the reference that the tests hold everything here a
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Implementation = Literal["auto", "grouped", "loop"]
+from tiny_onn.routing.grouped import (
+    grouped_linear,
+    grouped_mm_accepts,
+    loop_linear,
+    row_multiple,
+)
+
+Implementation = Literal["auto", "grouped", "dense", "loop"]
+
+SMALL_PAIRS, SMALL_BYTES = 128, 1 << 20
+"""On a CPU so few (token, expert) products, with weights that fit a cache, are computed for all
+experts in less time than sorting the tokens takes."""
 
 
 class Dispatch(NamedTuple):
@@ -94,41 +105,6 @@ class _Combine(torch.autograd.Function):
         return grad_PO.mul_(weights_P[:, None]), grad_weights_P[slot_NK].to(ctx.wide), None, None
 
 
-def grouped_linear(x_PD: Tensor, weight_EOD: Tensor, offsets_E: Tensor) -> Tensor:
-    """``x[p] @ weight[e(p)].T`` for rows sorted by expert.
-
-    Args:
-        x_PD: rows sorted by expert ``[P, D]``, float32 or bfloat16.
-        weight_EOD: one matrix per expert ``[E, O, D]``, of the same dtype.
-        offsets_E: the end of each expert's run of rows, int32 ``[E]``.
-    """
-    return F.grouped_mm(x_PD, weight_EOD.transpose(-2, -1), offs=offsets_E)
-
-
-def loop_linear(x_PD: Tensor, weight_EOD: Tensor, offsets_E: Tensor) -> Tensor:
-    """The same as :func:`grouped_linear`, one expert after the other, for any dtype and width."""
-    runs = x_PD.tensor_split(offsets_E[:-1].tolist())
-    return torch.cat([F.linear(run, weight_EOD[e]) for e, run in enumerate(runs)])
-
-
-def grouped_mm_accepts(dtype: torch.dtype, *widths: int) -> bool:
-    """Whether ``grouped_mm`` takes this dtype and these row widths (strides of 16 bytes)."""
-    if dtype not in (torch.float32, torch.bfloat16):
-        return False
-    return all(width * dtype.itemsize % 16 == 0 for width in widths)
-
-
-def row_multiple(rows_per_expert: int, dtype: torch.dtype, device: torch.device) -> int:
-    """To what multiple of rows an expert's run is filled up, about a sixteenth of its length.
-
-    On a CPU every bfloat16 product of a new shape is compiled anew (about a millisecond); with
-    runs of a few dozen lengths the compiled ones are found again.
-    """
-    if device.type != "cpu" or dtype != torch.bfloat16 or torch.compiler.is_compiling():
-        return 1
-    return 1 << max(0, (rows_per_expert // 16).bit_length() - 1)
-
-
 class GroupedExperts(nn.Module):
     """E experts in stacked parameters, each token computed by its K chosen ones.
 
@@ -141,8 +117,10 @@ class GroupedExperts(nn.Module):
         hidden_size: D.
         output_size: O; the hidden size by default.
         intermediate_size: I, or None for plain linear experts.
-        implementation: ``"grouped"`` (sorted tokens and ``grouped_mm``), ``"loop"`` (any dtype and
-            width), or ``"auto"``: grouped wherever ``grouped_mm`` takes the dtype and the widths.
+        implementation: ``"grouped"`` (sorted tokens and ``grouped_mm``), ``"loop"`` (sorted tokens,
+            one expert after the other, any dtype and width), ``"dense"`` (all experts for all
+            tokens), or ``"auto"``: dense where all experts are chosen or there is next to nothing
+            to compute, else grouped wherever ``grouped_mm`` takes the dtype and the widths.
     """
 
     def __init__(
@@ -154,10 +132,9 @@ class GroupedExperts(nn.Module):
         implementation: Implementation = "auto",
     ) -> None:
         super().__init__()
-        if implementation not in ("auto", "grouped", "loop"):
-            raise ValueError(
-                f"implementation must be 'auto', 'grouped' or 'loop'. Got {implementation!r}"
-            )
+        if implementation not in get_args(Implementation):
+            known = ", ".join(map(repr, get_args(Implementation)))
+            raise ValueError(f"implementation must be one of {known}. Got {implementation!r}")
         names = ("num_experts", "hidden_size", "output_size", "intermediate_size")
         sizes = (num_experts, hidden_size, output_size, intermediate_size)
         for name, size in zip(names, sizes, strict=True):
@@ -195,9 +172,14 @@ class GroupedExperts(nn.Module):
             ``[N, O]`` in the compute dtype (the autocast dtype where autocast is on).
         """
         dtype = _compute_dtype(x)
-        linear = self._linear(dtype)
-        multiple = row_multiple(indices.numel() // self.num_experts, dtype, x.device)
-        plan = dispatch(indices, self.num_experts, 1 if linear is loop_linear else multiple)
+        implementation = self._implementation_for(indices, dtype, x.device)
+        if implementation == "dense":
+            return self._dense(x.to(dtype), indices, weights)
+        linear, multiple = loop_linear, 1
+        if implementation == "grouped":
+            linear = grouped_linear
+            multiple = row_multiple(indices.numel() // self.num_experts, dtype, x.device)
+        plan = dispatch(indices, self.num_experts, multiple)
         x_PD = _Gather.apply(x.to(dtype), plan.token, plan.slot)
         if self.intermediate_size is None:
             y_PO = linear(x_PD, self.proj.to(dtype), plan.offsets)
@@ -206,7 +188,25 @@ class GroupedExperts(nn.Module):
             y_PO = linear(F.silu(gate_PI) * up_PI, self.down_proj.to(dtype), plan.offsets)
         return _Combine.apply(y_PO, weights, plan.token, plan.slot)
 
-    def _linear(self, dtype: torch.dtype) -> Any:
+    def _dense(self, x_ND: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """Every expert for every token; those that were not chosen weigh nothing."""
+        num_tokens, dtype = len(x_ND), x_ND.dtype
+        weights_NE = weights.new_zeros(num_tokens, self.num_experts).scatter(1, indices, weights)
+        weights_NE = weights_NE.to(dtype)
+        if self.intermediate_size is None:
+            y_NEO = F.linear(x_ND, self.proj.to(dtype).flatten(0, 1)).unflatten(
+                1, (self.num_experts, -1)
+            )
+            return (weights_NE[:, None] @ y_NEO).squeeze(1)
+        gate_up = F.linear(x_ND, self.gate_up_proj.to(dtype).flatten(0, 1))
+        gate_NEI, up_NEI = gate_up.unflatten(1, (self.num_experts, -1)).chunk(2, -1)
+        act_NEI = F.silu(gate_NEI) * up_NEI * weights_NE[:, :, None]
+        return act_NEI.flatten(1) @ self.down_proj.to(dtype).transpose(1, 2).flatten(0, 1)
+
+    def _implementation_for(
+        self, indices: Tensor, dtype: torch.dtype, device: torch.device
+    ) -> Implementation:
+        """The implementation asked for, or the quickest by what ``docs/log.md`` measured."""
         widths = [self.hidden_size, self.output_size, self.intermediate_size or self.hidden_size]
         accepts = grouped_mm_accepts(dtype, *widths)
         if self.implementation == "grouped" and not accepts:
@@ -214,7 +214,16 @@ class GroupedExperts(nn.Module):
                 f"implementation='grouped' needs float32 or bfloat16 and rows of a multiple of 16 "
                 f"bytes. Got {dtype} with widths {widths}"
             )
-        return grouped_linear if accepts and self.implementation != "loop" else loop_linear
+        if self.implementation != "auto":
+            return self.implementation
+        small = device.type == "cpu" and len(indices) * self.num_experts <= SMALL_PAIRS
+        if indices.shape[1] == self.num_experts or (small and self._bytes <= SMALL_BYTES):
+            return "dense"
+        return "grouped" if accepts else "loop"
+
+    @property
+    def _bytes(self) -> int:
+        return sum(weight.numel() * weight.element_size() for weight in self.parameters())
 
     def extra_repr(self) -> str:
         kind = "linear" if self.intermediate_size is None else f"swiglu {self.intermediate_size}"

@@ -124,7 +124,7 @@ class CrossAttentionRouter(Router):
 
 
 class MLPRouter(Router):
-    """``W2 silu(W1 x)``: the only one of the four that can express XOR.
+    """``W2 silu(W1 x)``: can express XOR, which no router that is linear in its input can.
 
     Args:
         router_hidden_size: width of the hidden layer; the default is a quarter of the hidden
@@ -148,11 +148,68 @@ class MLPRouter(Router):
         return F.linear(F.silu(F.linear(x_ND, self.up_proj.float())), self.down_proj.float())
 
 
+class AffineRouter(Router):
+    """``W x + b``: the smallest router that can pick the nearest of prototypes of any norm.
+
+    Measured over 5 seeds with ``tiny-onn study routing``: it finds the nearest prototype for 99.5 %
+    of tokens, a linear router for 91.3 % and an MLP for 94.5 %, at 1.1 to 1.2 times the CPU time of
+    the linear router and two thirds of CAPR's; XOR stays at chance.
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int) -> None:
+        super().__init__(hidden_size, num_experts)
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.bias = nn.Parameter(torch.empty(num_experts))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=1 / math.sqrt(self.hidden_size))
+        nn.init.zeros_(self.bias)
+
+    def logits(self, x_ND: Tensor) -> Tensor:
+        return F.linear(x_ND, self.weight.float(), self.bias.float())
+
+
+class QuadraticRouter(Router):
+    """``W2 (W1 x + b)^2``, entry by entry: can express parities, radii and nearest prototypes.
+
+    Measured over 5 seeds with ``tiny-onn study routing``, with 5 % more parameters than an MLP
+    router: XOR 98.0 % (MLP 97.9 %), nearest prototype 98.9 % (94.5 %), nested 93.2 % (81.7 %), at
+    1.05 times its CPU time, and 0.70 times at hidden size 128, where it has 8 squares by default
+    and the MLP 32 units.
+
+    Args:
+        rank: how many squares the logits are made of; 2E by default, whatever the hidden size.
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int, rank: int | None = None) -> None:
+        super().__init__(hidden_size, num_experts)
+        rank = rank or 2 * num_experts
+        self.up_proj = nn.Parameter(torch.empty(rank, hidden_size))
+        self.bias = nn.Parameter(torch.empty(rank))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, rank))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.up_proj, std=1 / math.sqrt(self.hidden_size))
+        nn.init.zeros_(self.bias)
+        nn.init.normal_(self.down_proj, std=1 / math.sqrt(self.down_proj.shape[1]))
+        # Squares have a positive mean; weights that sum to zero keep it from favouring an expert.
+        with torch.no_grad():
+            self.down_proj.sub_(self.down_proj.mean(dim=1, keepdim=True))
+
+    def logits(self, x_ND: Tensor) -> Tensor:
+        hidden = F.linear(x_ND, self.up_proj.float(), self.bias.float())
+        return F.linear(hidden.square(), self.down_proj.float())
+
+
 ROUTERS: dict[str, type[Router]] = {
     "linear": LinearRouter,
     "cpr": CosineRouter,
     "capr": CrossAttentionRouter,
     "mlp": MLPRouter,
+    "affine": AffineRouter,
+    "quadratic": QuadraticRouter,
 }
 
 
