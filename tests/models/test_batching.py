@@ -150,18 +150,15 @@ def test_eager_and_sdpa_agree(make_model: MakeModel, make_tokens: MakeTokens) ->
 
 
 def test_grouped_key_value_heads_are_shared(make_model: MakeModel, make_tokens: MakeTokens) -> None:
-    """A model with shared heads equals the model in which each query head has its own copy."""
+    """A model whose experts share their keys equals the model in which each place of a chosen
+    expert has its own copy of them."""
     shared = make_model(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
     copied = make_model(num_attention_heads=4, num_key_value_heads=4, head_dim=8)
     state = shared.state_dict()
     for name, weight in state.items():
-        if name.endswith("qkv.experts.proj"):
-            query, key, value = weight.split([32, 16, 16], dim=1)
-            twice = [
-                x.view(4, 2, 1, 8, 32).expand(-1, -1, 2, -1, -1).reshape(4, 32, 32)
-                for x in (key, value)
-            ]
-            state[name] = torch.cat([query, *twice], dim=1)
+        if name.endswith("kv_proj.weight"):
+            key, value = weight.chunk(2)
+            state[name] = torch.cat([key, key, value, value])
     copied.load_state_dict(state)
     ids = make_tokens(2, 20)
     assert_near(shared(ids).logits, copied(ids).logits)

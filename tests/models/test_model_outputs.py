@@ -75,7 +75,7 @@ def test_router_logits_are_raw_and_stand_in_the_order_of_the_sites(
     model = make_model()
     sites = [site.name for site in find_sites(model)]
     assert sites == [
-        f"model.layers.{i}.{part}" for i in (0, 1) for part in ("self_attn.qkv", "mlp")
+        f"model.layers.{i}.{part}" for i in (0, 1) for part in ("self_attn.heads", "mlp")
     ]
     seen: dict[str, Tensor] = {}
     for name in sites:

@@ -29,12 +29,14 @@ def test_a_small_batch_is_learnt_by_heart(
     tasks = torch.tensor([0, 1, 2, 0])
     ids[3] = ids[0]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    cooldown = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=300)
     losses = []
-    for _ in range(150):
+    for _ in range(300):
         optimizer.zero_grad()
         loss = model(ids, task_ids=tasks, labels=ids).loss
         loss.backward()
         optimizer.step()
+        cooldown.step()
         losses.append(loss.item())
     assert losses[0] > 2
     assert losses[-1] < 0.1

@@ -100,7 +100,10 @@ def test_a_configuration_survives_json_and_disk(changes: dict[str, Any], tmp_pat
 
 def test_what_follows_from_the_sizes() -> None:
     config = TinyOnnConfig(hidden_size=96, num_attention_heads=6)
-    assert (config.head_dim, config.num_key_value_heads) == (16, 6)
+    assert (config.head_dim, config.num_key_value_heads) == (16, 3)
+    assert config.attention_experts_per_tok == 2
+    odd = TinyOnnConfig(num_attention_heads=4, num_experts=8, num_experts_per_tok=3)
+    assert (odd.attention_experts_per_tok, odd.num_key_value_heads) == (2, 2)
     narrow = TinyOnnConfig(hidden_size=96, num_attention_heads=6, num_key_value_heads=2, head_dim=8)
     assert (narrow.head_dim, narrow.num_key_value_heads) == (8, 2)
     assert TinyOnnConfig(eos_token_id=[5, 6], pad_token_id=7).blank_token_ids == [5, 6, 7]

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiny_onn.routing import GroupedExperts, LinearRouter, MixtureOfExperts
-from tiny_onn.routing.experts import Implementation, dispatch
+from tiny_onn.routing.dispatch import dispatch
+from tiny_onn.routing.experts import Implementation
 from tiny_onn.routing.grouped import grouped_mm_accepts, row_multiple
 
 N, D, OUT, WIDTH, E = 23, 8, 12, 16, 4

@@ -45,6 +45,7 @@ class ModelRecipe:
     hidden_size: int = 128
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
+    head_dim: int | None = None
     num_experts: int = 4
     num_experts_per_tok: int = 2
     moe_intermediate_size: int = 128

@@ -36,6 +36,21 @@ def bench_optim(
     show(measure(recipe, tasks, rounds=rounds, steps=steps), json)
 
 
+@bench.command("model")
+def bench_model(
+    rounds: Annotated[int, typer.Option(min=1, help="Timed calls of each model.")] = 7,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile all models.")] = False,
+    threads: opt.Threads = None,
+    json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Tokens a second, beside transformers' Qwen3-MoE and a dense model."""
+    from tiny_onn.benchmarks.model import bench_model as measure
+
+    set_threads(threads)
+    show(measure(rounds=rounds, compiled=compiled), json)
+
+
 def set_threads(threads: int | None) -> None:
     """Compute with so many threads, or torch's choice."""
     import torch

@@ -1,6 +1,8 @@
-"""Attention in plain matrix products, and the mask of packed sequences.
+"""Attention whose query heads are experts, attention in plain matrix products, and the mask of
+packed sequences.
 
-Shapes: B batch, T queries, S keys, H query heads, G key/value heads, C head width.
+Shapes: B batch, T queries, S keys, N = B*T tokens, D hidden size, H query heads, G key/value heads,
+C head width, K experts chosen per token, W = H/K * C width of one expert's heads.
 """
 
 from __future__ import annotations
@@ -11,6 +13,105 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from tiny_onn.models.configuration_tiny_onn import TinyOnnConfig
+from tiny_onn.models.positions import rotate
+from tiny_onn.routing import ROUTERS, MixtureOfExperts, RoutedHeads
+
+
+class TinyOnnAttention(nn.Module):
+    """Causal self-attention whose query heads and output projection are routed experts.
+
+    An expert is ``H / K`` query heads and their part of the output projection; a token asks with K
+    of them. Keys and values are shared by all experts: G heads, each asked by ``H / G`` queries.
+    """
+
+    def __init__(self, config: TinyOnnConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_width
+        self.num_heads = config.num_attention_heads
+        self.num_key_value_heads = config.key_value_heads
+        self.num_key_value_groups = self.num_heads // self.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        self.kv_proj = nn.Linear(
+            config.hidden_size, 2 * self.num_key_value_heads * self.head_dim, bias=False
+        )
+        top_k = config.attention_experts_per_tok
+        width = self.num_heads // top_k * self.head_dim
+        self.heads = MixtureOfExperts(
+            ROUTERS[config.router](config.hidden_size, config.num_experts),
+            RoutedHeads(config.num_experts, config.hidden_size, width),
+            top_k,
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mix ``[B, T, D]`` over time; returns it with the attention weights, if there are any."""
+        batch, length, _ = hidden_states.shape
+        key_value = self.kv_proj(hidden_states).view(batch, length, -1, self.head_dim)
+        key, value = key_value.transpose(1, 2).chunk(2, dim=1)
+        key = rotate(key, *position_embeddings).to(value.dtype)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        function: Callable[..., tuple[Tensor, Tensor | None]]
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        weights = None
+
+        def attend(queries_NKW: Tensor) -> Tensor:
+            nonlocal weights
+            query = rotate(self._by_head(queries_NKW, batch), *position_embeddings)
+            read, weights = function(
+                self,
+                query.to(value.dtype),
+                key,
+                value,
+                attention_mask,
+                scaling=self.scaling,
+                dropout=self.config.attention_dropout if self.training else 0.0,
+                **kwargs,
+            )
+            return self._by_expert(read, queries_NKW.shape)
+
+        return self.heads(hidden_states, attend), weights
+
+    # Query heads stand in the order of the key/value heads that they share.
+
+    @property
+    def _order(self) -> tuple[int, int]:
+        """Key/value heads that divide an expert's heads among them, and heads of one such share.
+
+        With more key/value heads than an expert has heads, each place of a chosen expert has some
+        of its own.
+        """
+        heads = self.num_heads // self.heads.num_experts_per_tok
+        groups = self.num_key_value_heads if heads % self.num_key_value_heads == 0 else 1
+        return groups, heads // groups
+
+    def _by_head(self, queries_NKW: Tensor, batch: int) -> Tensor:
+        """``[N, K, W]`` as ``[B, H, T, C]``."""
+        groups, heads = self._order
+        top_k = queries_NKW.shape[1]
+        apart = queries_NKW.view(batch, -1, top_k, groups, heads, self.head_dim)
+        return apart.permute(0, 3, 2, 4, 1, 5).flatten(1, 3)
+
+    def _by_expert(self, read_BTHC: Tensor, shape: torch.Size) -> Tensor:
+        """``[B, T, H, C]`` as ``[N, K, W]``."""
+        groups, heads = self._order
+        apart = read_BTHC.unflatten(2, (groups, shape[1], heads))
+        return apart.transpose(2, 3).reshape(shape)
 
 
 def eager_attention_forward(
@@ -33,16 +134,19 @@ def eager_attention_forward(
     Returns:
         The mixed values ``[B, T, H, C]`` and the attention weights ``[B, H, T, S]``.
     """
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    scores = (query * scaling) @ key.transpose(-2, -1)
+    heads, length = query.shape[1:3]
+    # Queries that share a key stand side by side: one product for all of them.
+    query = (query * scaling).unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+    scores = (query @ key.transpose(-2, -1)).unflatten(2, (-1, length)).flatten(1, 2)
     if attention_mask is not None:
         # Under autocast the mask comes in float32, whose least number is no bfloat16 but -inf.
         least = torch.finfo(scores.dtype).min
         scores = scores + attention_mask.clamp_min(least).to(scores.dtype)
     weights = F.dropout(scores.softmax(dim=-1), dropout, module.training)
-    return (weights @ value).transpose(1, 2), weights
+    grouped = weights.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+    mixed = (grouped @ value).unflatten(2, (-1, length)).flatten(1, 2)
+    assert mixed.shape[1] == heads
+    return mixed.transpose(1, 2), weights
 
 
 def packed_causal_mask(segment_ids_BT: Tensor, additive: bool) -> Tensor:

@@ -30,9 +30,11 @@ class TinyOnnConfig(PreTrainedConfig):
         hidden_size: D, width of the residual stream.
         num_hidden_layers: number of blocks (attention, then experts).
         num_attention_heads: H; the head width is ``head_dim``, by default D / H, and even.
-        num_key_value_heads: heads of the keys and values, by default H.
+        num_key_value_heads: heads of the keys and values, by default as many as one attention
+            expert has query heads.
         num_experts: E, experts of every routed projection.
-        num_experts_per_tok: K, experts computed for each token.
+        num_experts_per_tok: K, experts computed for each token; an attention expert has H / K of
+            the query heads.
         moe_intermediate_size: width of one SwiGLU expert.
         router: which router chooses the experts, a key of ``tiny_onn.routing.ROUTERS``.
         position_type: ``"grid"`` rotates queries and keys by (row, column, grid), which follow
@@ -90,7 +92,15 @@ class TinyOnnConfig(PreTrainedConfig):
     @property
     def key_value_heads(self) -> int:
         """G, heads of the keys and values."""
-        return self.num_key_value_heads or self.num_attention_heads
+        default = self.num_attention_heads // self.attention_experts_per_tok
+        return self.num_key_value_heads or default
+
+    @property
+    def attention_experts_per_tok(self) -> int:
+        """Attention experts of a token, which divide its query heads among them: K, or the largest
+        divisor of H below."""
+        heads, most = self.num_attention_heads, max(1, self.num_experts_per_tok)
+        return max(k for k in range(1, most + 1) if k == 1 or heads % k == 0)
 
     @property
     def head_width(self) -> int:

@@ -1,4 +1,4 @@
-"""The Tiny-ONN transformer: attention and feed-forward blocks whose projections are experts.
+"""The Tiny-ONN transformer: attention and feed-forward blocks made of experts.
 
 Shapes: B batch, T tokens, D hidden size, H query heads, G key/value heads, C head width,
 E experts, V vocabulary.
@@ -6,7 +6,6 @@ E experts, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,68 +16,16 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from tiny_onn.models.attention import eager_attention_forward, packed_causal_mask, same_segment
+from tiny_onn.models.attention import TinyOnnAttention, packed_causal_mask, same_segment
 from tiny_onn.models.configuration_tiny_onn import TinyOnnConfig
-from tiny_onn.models.positions import TinyOnnRotaryEmbedding, grid_positions, rotate
+from tiny_onn.models.positions import TinyOnnRotaryEmbedding, grid_positions
 from tiny_onn.routing import ROUTERS, GroupedExperts, MixtureOfExperts
+from tiny_onn.routing.experts import Experts
 from tiny_onn.routing.routers import Router, load_balancing_loss
-
-
-class TinyOnnAttention(nn.Module):
-    """Causal self-attention whose query, key and value projections are routed experts.
-
-    One decision per token serves all three: an expert is a coherent way of asking, offering and
-    answering, and its three matrices lie in one ``[E, (H + 2G) C, D]`` tensor, one grouped product.
-    """
-
-    def __init__(self, config: TinyOnnConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_width
-        self.num_heads = config.num_attention_heads
-        self.num_key_value_groups = config.num_attention_heads // config.key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.is_causal = True
-        self.heads = (self.num_heads, config.key_value_heads, config.key_value_heads)
-        self.qkv = _mixture(config, output_size=sum(self.heads) * self.head_dim)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Mix ``[B, T, D]`` over time; returns it with the attention weights, if there are any."""
-        batch, length, _ = hidden_states.shape
-        qkv = self.qkv(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
-        query_key, value = qkv.split([self.heads[0] + self.heads[1], self.heads[2]], dim=1)
-        query, key = rotate(query_key, *position_embeddings).split(self.heads[:2], dim=1)
-        query, key = query.to(value.dtype), key.to(value.dtype)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        mixed, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=self.scaling,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            **kwargs,
-        )
-        return self.o_proj(mixed.reshape(batch, length, -1)), weights
 
 
 class TinyOnnDecoderLayer(GradientCheckpointingLayer):
@@ -87,7 +34,15 @@ class TinyOnnDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: TinyOnnConfig, layer_idx: int) -> None:
         super().__init__()
         self.self_attn = TinyOnnAttention(config, layer_idx)
-        self.mlp = _mixture(config, intermediate_size=config.moe_intermediate_size)
+        self.mlp = MixtureOfExperts(
+            ROUTERS[config.router](config.hidden_size, config.num_experts),
+            GroupedExperts(
+                config.num_experts,
+                config.hidden_size,
+                intermediate_size=config.moe_intermediate_size,
+            ),
+            config.num_experts_per_tok,
+        )
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.hidden_dropout = float(config.hidden_dropout)
@@ -124,7 +79,7 @@ class TinyOnnPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (GroupedExperts, Router)):
+        if isinstance(module, (Experts, Router)):
             module.reset_parameters()
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -366,16 +321,6 @@ class TinyOnnForCausalLM(TinyOnnPreTrainedModel, GenerationMixin):
             if ids is not None and ids.ndim == 2:
                 inputs[name] = _latest(ids, input_ids.shape[1], inputs)
         return inputs
-
-
-def _mixture(
-    config: TinyOnnConfig, output_size: int | None = None, intermediate_size: int | None = None
-) -> MixtureOfExperts:
-    return MixtureOfExperts(
-        ROUTERS[config.router](config.hidden_size, config.num_experts),
-        GroupedExperts(config.num_experts, config.hidden_size, output_size, intermediate_size),
-        config.num_experts_per_tok,
-    )
 
 
 def _add_embedding(hidden_states: Tensor, ids: Tensor, embed: nn.Embedding) -> Tensor:

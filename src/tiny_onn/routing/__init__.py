@@ -1,6 +1,7 @@
 """Routers, the routing decision and grouped experts: the sparse half of every layer."""
 
 from tiny_onn.routing.experts import GroupedExperts
+from tiny_onn.routing.heads import RoutedHeads
 from tiny_onn.routing.mixture import MixtureOfExperts
 from tiny_onn.routing.routers import (
     ROUTERS,
@@ -24,6 +25,7 @@ __all__ = [
     "MLPRouter",
     "MixtureOfExperts",
     "QuadraticRouter",
+    "RoutedHeads",
     "Routing",
     "route",
 ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from tiny_onn.routing.experts import GroupedExperts
+from tiny_onn.routing.experts import Experts
 from tiny_onn.routing.routers import route
 
 
@@ -21,9 +23,7 @@ class MixtureOfExperts(nn.Module):
         num_experts_per_tok: K, between 1 and E (K = E is a soft mixture).
     """
 
-    def __init__(
-        self, router: nn.Module, experts: GroupedExperts, num_experts_per_tok: int
-    ) -> None:
+    def __init__(self, router: nn.Module, experts: Experts, num_experts_per_tok: int) -> None:
         super().__init__()
         if not 1 <= num_experts_per_tok <= experts.num_experts:
             raise ValueError(
@@ -34,9 +34,9 @@ class MixtureOfExperts(nn.Module):
         self.experts = experts
         self.num_experts_per_tok = num_experts_per_tok
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Map ``[..., D]`` to ``[..., O]``."""
+    def forward(self, hidden_states: Tensor, *inputs: Any) -> Tensor:
+        """Map ``[..., D]`` to ``[..., O]``; further inputs are handed to the experts."""
         x_ND = hidden_states.reshape(-1, hidden_states.shape[-1])
         routing = route(self.router(x_ND), self.num_experts_per_tok)
-        y_NO = self.experts(x_ND, routing.indices, routing.weights)
+        y_NO = self.experts(x_ND, routing.indices, routing.weights, *inputs)
         return y_NO.view(*hidden_states.shape[:-1], y_NO.shape[-1])

@@ -1,0 +1,84 @@
+"""Attention heads as experts (mixture of attention heads, arXiv:2210.05144): an expert is a few
+query heads and their part of the output projection; keys and values are shared by all.
+
+Shapes: N tokens, D hidden size, E experts, K chosen per token, W width of one expert's heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tiny_onn.routing.dispatch import Combine, Gather, Unsort, sort
+from tiny_onn.routing.experts import (
+    Experts,
+    Implementation,
+    check_sizes,
+    compute_dtype,
+    dense_weights,
+)
+
+Attend = Callable[[Tensor], Tensor]
+"""Maps the chosen experts' queries ``[N, K, W]`` to what they read, of the same shape."""
+
+
+class RoutedHeads(Experts):
+    """E experts for the two ends of an attention block, with the attention between them.
+
+    A token asks with the queries of its K chosen experts and mixes the outputs of these experts. As
+    the keys are the same for all experts, it doesn't matter which of the K places an expert takes.
+    With heads of ``D / K`` an expert, a routed block costs what a plain one does.
+
+    Args:
+        num_experts: E; hidden_size: D; head_size: W.
+        implementation: see :class:`~tiny_onn.routing.experts.Experts`.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        head_size: int,
+        implementation: Implementation = "auto",
+    ) -> None:
+        check_sizes(num_experts=num_experts, hidden_size=hidden_size, head_size=head_size)
+        super().__init__(num_experts, hidden_size, head_size, hidden_size, implementation)
+        self.head_size = head_size
+        self.q_proj = nn.Parameter(torch.empty(num_experts, head_size, hidden_size))
+        self.o_proj = nn.Parameter(torch.empty(num_experts, hidden_size, head_size))
+        self.reset_parameters()
+
+    def forward(self, x: Tensor, indices: Tensor, weights: Tensor, attend: Attend) -> Tensor:
+        """Ask with the chosen experts' queries, and mix their outputs.
+
+        Args:
+            x: tokens ``[N, D]``.
+            indices: the chosen experts, int64 ``[N, K]``.
+            weights: their mixing weights ``[N, K]``; they carry the router's gradient.
+            attend: the attention between queries and outputs.
+
+        Returns:
+            ``[N, D]`` in the compute dtype (the autocast dtype where autocast is on).
+        """
+        x = x.to(compute_dtype(x))
+        q_proj, o_proj = self.q_proj.to(x.dtype), self.o_proj.to(x.dtype)
+        plan = self.plan(x, indices)
+        if plan is None:
+            place_NKW = indices[:, :, None].expand(-1, -1, self.head_size)
+            queries_NEW = F.linear(x, q_proj.flatten(0, 1)).unflatten(1, (self.num_experts, -1))
+            read_NKW = attend(queries_NEW.gather(1, place_NKW)).to(x.dtype)
+            weights_NE = dense_weights(weights, indices, self.num_experts, x.dtype)
+            read_NEW = torch.zeros_like(queries_NEW).scatter(1, place_NKW, read_NKW)
+            spread = (read_NEW * weights_NE[:, :, None]).flatten(1)
+            return spread @ o_proj.transpose(1, 2).flatten(0, 1)
+        (token, slot, offsets), linear = plan
+        queries_PW = linear(Gather.apply(x, token, slot), q_proj, offsets)
+        read_NKW = attend(Unsort.apply(queries_PW, slot))
+        read_PW = sort(read_NKW.to(x.dtype), slot, len(token))
+        return Combine.apply(linear(read_PW, o_proj, offsets), weights, token, slot)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_experts} x heads of {self.head_size}, {self.hidden_size} wide"
