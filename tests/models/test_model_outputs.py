@@ -274,3 +274,19 @@ def test_resized_embeddings(make_model: MakeModel, make_tokens: MakeTokens) -> N
     torch.testing.assert_close(after.logits[..., :16], before)
     assert after.logits.shape[-1] == model.config.vocab_size == 20
     assert after.loss.isfinite()
+
+
+def test_a_shared_expert_computes_every_token(
+    make_model: MakeModel, make_tokens: MakeTokens
+) -> None:
+    plain, model = make_model(), make_model(shared_expert_intermediate_size=8)
+    site = model.model.layers[0].mlp
+    x = torch.randn(2, 5, 32)
+    routed = plain.model.layers[0].mlp
+    routed.load_state_dict(site.state_dict(), strict=False)
+    gate, up = (x @ site.shared.gate_up_proj.weight.T).chunk(2, -1)
+    shared = (torch.nn.functional.silu(gate) * up) @ site.shared.down_proj.weight.T
+    torch.testing.assert_close(site(x), routed(x) + shared)
+    assert len(find_sites(model)) == len(find_sites(plain))
+    ids = make_tokens(1, 9)
+    assert torch.isfinite(model(ids, labels=ids).loss)

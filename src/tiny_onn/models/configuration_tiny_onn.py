@@ -15,6 +15,7 @@ LEAST = {
     "num_attention_heads": 1,
     "num_experts": 1,
     "moe_intermediate_size": 1,
+    "shared_expert_intermediate_size": 0,
     "num_tasks": 0,
     "num_symmetries": 0,
 }
@@ -36,6 +37,8 @@ class TinyOnnConfig(PreTrainedConfig):
         num_experts_per_tok: K, experts computed for each token; an attention expert has H / K of
             the query heads.
         moe_intermediate_size: width of one SwiGLU expert.
+        shared_expert_intermediate_size: width of a SwiGLU expert that computes every token beside
+            the chosen ones, 0 for none.
         router: which router chooses the experts, a key of ``tiny_onn.routing.ROUTERS``.
         position_type: ``"grid"`` rotates queries and keys by (row, column, grid), which follow
             from the tokens; ``"sequence"`` makes an ordinary causal language model.
@@ -60,6 +63,7 @@ class TinyOnnConfig(PreTrainedConfig):
     num_experts: int = 4
     num_experts_per_tok: int = 2
     moe_intermediate_size: int = 128
+    shared_expert_intermediate_size: int = 0
     router: str = "mlp"
     position_type: Literal["grid", "sequence"] = "grid"
     num_tasks: int = 0

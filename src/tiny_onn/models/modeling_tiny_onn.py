@@ -23,7 +23,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from tiny_onn.models.attention import TinyOnnAttention, packed_causal_mask, same_segment
 from tiny_onn.models.configuration_tiny_onn import TinyOnnConfig
 from tiny_onn.models.positions import TinyOnnRotaryEmbedding, grid_positions
-from tiny_onn.routing import ROUTERS, GroupedExperts, MixtureOfExperts
+from tiny_onn.routing import ROUTERS, GroupedExperts, MixtureOfExperts, SharedExpert
 from tiny_onn.routing.experts import Experts
 from tiny_onn.routing.routers import Router, load_balancing_loss
 
@@ -34,6 +34,7 @@ class TinyOnnDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: TinyOnnConfig, layer_idx: int) -> None:
         super().__init__()
         self.self_attn = TinyOnnAttention(config, layer_idx)
+        shared = config.shared_expert_intermediate_size
         self.mlp = MixtureOfExperts(
             ROUTERS[config.router](config.hidden_size, config.num_experts),
             GroupedExperts(
@@ -42,6 +43,7 @@ class TinyOnnDecoderLayer(GradientCheckpointingLayer):
                 intermediate_size=config.moe_intermediate_size,
             ),
             config.num_experts_per_tok,
+            SharedExpert(config.hidden_size, shared) if shared else None,
         )
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)

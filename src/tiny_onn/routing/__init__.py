@@ -2,7 +2,7 @@
 
 from tiny_onn.routing.experts import GroupedExperts
 from tiny_onn.routing.heads import RoutedHeads
-from tiny_onn.routing.mixture import MixtureOfExperts
+from tiny_onn.routing.mixture import MixtureOfExperts, SharedExpert
 from tiny_onn.routing.routers import (
     ROUTERS,
     AffineRouter,
@@ -27,5 +27,6 @@ __all__ = [
     "QuadraticRouter",
     "RoutedHeads",
     "Routing",
+    "SharedExpert",
     "route",
 ]

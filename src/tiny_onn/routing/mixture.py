@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiny_onn.routing.experts import Experts
@@ -21,9 +22,17 @@ class MixtureOfExperts(nn.Module):
         router: maps tokens ``[N, D]`` to raw logits ``[N, E]``.
         experts: the E experts.
         num_experts_per_tok: K, between 1 and E (K = E is a soft mixture).
+        shared: an expert that computes every token, beside the chosen ones (arXiv:2401.06066), or
+            None.
     """
 
-    def __init__(self, router: nn.Module, experts: Experts, num_experts_per_tok: int) -> None:
+    def __init__(
+        self,
+        router: nn.Module,
+        experts: Experts,
+        num_experts_per_tok: int,
+        shared: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         if not 1 <= num_experts_per_tok <= experts.num_experts:
             raise ValueError(
@@ -33,10 +42,30 @@ class MixtureOfExperts(nn.Module):
         self.router = router
         self.experts = experts
         self.num_experts_per_tok = num_experts_per_tok
+        self.shared = shared
 
     def forward(self, hidden_states: Tensor, *inputs: Any) -> Tensor:
         """Map ``[..., D]`` to ``[..., O]``; further inputs are handed to the experts."""
         x_ND = hidden_states.reshape(-1, hidden_states.shape[-1])
         routing = route(self.router(x_ND), self.num_experts_per_tok)
         y_NO = self.experts(x_ND, routing.indices, routing.weights, *inputs)
-        return y_NO.view(*hidden_states.shape[:-1], y_NO.shape[-1])
+        y = y_NO.view(*hidden_states.shape[:-1], y_NO.shape[-1])
+        return y if self.shared is None else y + self.shared(hidden_states)
+
+
+class SharedExpert(nn.Module):
+    """A SwiGLU block that computes every token.
+
+    Args:
+        hidden_size: D; intermediate_size: its width.
+    """
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map ``[..., D]`` to ``[..., D]``."""
+        gate, up = self.gate_up_proj(hidden_states).chunk(2, -1)
+        return self.down_proj(F.silu(gate) * up)
