@@ -1,4 +1,5 @@
-"""Our model and its peers at one size: the same widths, layers, heads and vocabulary."""
+"""Our model and its peers at one size: the same widths, layers, heads (of keys and values, too) and
+vocabulary."""
 
 from __future__ import annotations
 
@@ -58,8 +59,6 @@ def qwen3_moe(size: Size) -> nn.Module:
     """transformers' own mixture of experts, with as many experts of the same width."""
     config = Qwen3MoeConfig(
         **_common(size),
-        num_key_value_heads=size.heads,
-        head_dim=size.hidden // size.heads,
         num_experts=size.experts,
         num_experts_per_tok=size.chosen,
         moe_intermediate_size=size.width,
@@ -72,8 +71,6 @@ def dense(size: Size) -> nn.Module:
     """A dense model whose feed-forward block is as wide as the chosen experts together."""
     config = Qwen3Config(
         **_common(size),
-        num_key_value_heads=size.heads,
-        head_dim=size.hidden // size.heads,
         intermediate_size=size.chosen * size.width,
         **_plain_tokens(),
     )
@@ -117,6 +114,8 @@ def _common(size: Size) -> dict[str, Any]:
         "hidden_size": size.hidden,
         "num_hidden_layers": size.layers,
         "num_attention_heads": size.heads,
+        "num_key_value_heads": size.heads // size.chosen,
+        "head_dim": size.hidden // size.heads,
         "max_position_embeddings": 4096,
     }
 

@@ -131,7 +131,7 @@ def problems(full: bool, seeds: int) -> list[Problem]:
         {"prime": 59, "share": 0.4, "epochs": 400} | grok,
         rates,
         grokking_cost,
-        seeds=max(8, seeds),
+        seeds=max(5, seeds),
     )
     return [grokking_problem, *mnist, arc]
 
