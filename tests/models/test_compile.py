@@ -35,4 +35,5 @@ def test_the_training_step_is_one_graph(
         found.append([outputs.loss.detach(), *outputs.router_logits, *gradients])
     torch._dynamo.reset()
     for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        # The same sums in another order, in float32.
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

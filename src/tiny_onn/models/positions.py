@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, H heads, C head width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,13 +69,34 @@ def _count_since(events_BT: Tensor, resets_BT: Tensor | None, starts_BT: Tensor 
 
 def rotate(x_BHTC: Tensor, cos_BTC: Tensor, sin_BTC: Tensor) -> Tensor:
     """Rotate each pair (first half, second half) of the heads by the angles of its token."""
-    first, second = x_BHTC.chunk(2, dim=-1)
     cos, sin = (angles[:, None].to(x_BHTC.dtype) for angles in (cos_BTC, sin_BTC))
-    turned = (
-        torch.addcmul(first * cos, second, sin, value=-1),
-        torch.addcmul(second * cos, first, sin),
-    )
-    return torch.cat(turned, dim=-1)
+    if torch.compiler.is_compiling():
+        first, second = x_BHTC.chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return _Rotate.apply(x_BHTC, cos, sin)
+
+
+class _Rotate(torch.autograd.Function):
+    """The rotation, written straight to its place; its gradient is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, sin, -1), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    turned = torch.empty_like(x)
+    first, second = x.chunk(2, dim=-1)
+    new_first, new_second = turned.chunk(2, dim=-1)
+    torch.mul(first, cos, out=new_first).addcmul_(second, sin, value=-sign)
+    torch.mul(second, cos, out=new_second).addcmul_(first, sin, value=sign)
+    return turned
 
 
 class TinyOnnRotaryEmbedding(nn.Module):

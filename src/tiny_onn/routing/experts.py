@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -168,8 +168,8 @@ class GroupedExperts(Experts):
         if self.intermediate_size is None:
             y_PO = linear(x_PD, self.proj.to(x.dtype), offsets)
         else:
-            gate_PI, up_PI = linear(x_PD, self.gate_up_proj.to(x.dtype), offsets).chunk(2, -1)
-            y_PO = linear(F.silu(gate_PI) * up_PI, self.down_proj.to(x.dtype), offsets)
+            inner_PI = swiglu(linear(x_PD, self.gate_up_proj.to(x.dtype), offsets))
+            y_PO = linear(inner_PI, self.down_proj.to(x.dtype), offsets)
         return Combine.apply(y_PO, weights, token, slot)
 
     def _dense(self, x_ND: Tensor, weights_NE: Tensor) -> Tensor:
@@ -179,13 +179,41 @@ class GroupedExperts(Experts):
             y_NEO = y_NEO.unflatten(1, (self.num_experts, -1))
             return (weights_NE[:, None] @ y_NEO).squeeze(1)
         gate_up = F.linear(x_ND, self.gate_up_proj.to(x_ND.dtype).flatten(0, 1))
-        gate_NEI, up_NEI = gate_up.unflatten(1, (self.num_experts, -1)).chunk(2, -1)
-        act_NEI = F.silu(gate_NEI) * up_NEI * weights_NE[:, :, None]
-        return act_NEI.flatten(1) @ self.down_proj.to(x_ND.dtype).transpose(1, 2).flatten(0, 1)
+        inner_NEI = swiglu(gate_up.unflatten(1, (self.num_experts, -1)))
+        inner_NEI = inner_NEI * weights_NE[:, :, None]
+        return inner_NEI.flatten(1) @ self.down_proj.to(x_ND.dtype).transpose(1, 2).flatten(0, 1)
 
     def extra_repr(self) -> str:
         kind = "linear" if self.intermediate_size is None else f"swiglu {self.intermediate_size}"
         return f"{self.num_experts} x {kind}, {self.hidden_size} -> {self.output_size}"
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """``silu(gate) * up`` of a last dimension that holds both, gate first."""
+    if torch.compiler.is_compiling():
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate) * up
+    return _SwiGLU.apply(gate_up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """:func:`swiglu`, whose gradient is written straight to its place."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, -1)
+        grad_gate_up = torch.empty_like(gate_up)
+        grad_gate, grad_up = grad_gate_up.chunk(2, -1)
+        torch.mul(grad, F.silu(gate), out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        return grad_gate_up
 
 
 def check_sizes(**sizes: int | None) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiny_onn.routing.experts import Experts
+from tiny_onn.routing.experts import Experts, swiglu
 from tiny_onn.routing.routers import route
 
 
@@ -67,5 +66,4 @@ class SharedExpert(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map ``[..., D]`` to ``[..., D]``."""
-        gate, up = self.gate_up_proj(hidden_states).chunk(2, -1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(swiglu(self.gate_up_proj(hidden_states)))
