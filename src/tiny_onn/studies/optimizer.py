@@ -122,7 +122,7 @@ def problems(full: bool, seeds: int) -> list[Problem]:
         },
         lambda figures: figures["held_out_loss"],
         tune={"part": "tune", "minutes": 4.0 if full else 0.75},
-        reports={"equal_time": {"part": "report", "minutes": 8.0 if full else 2.0}},
+        reports={"equal_time": {"part": "report", "minutes": 8.0 if full else 1.0}},
         seeds=seeds,
     )
     grokking_problem = Problem(
