@@ -23,6 +23,7 @@ def test_every_figure_is_there(monkeypatch):
     assert result.keys() == {"T", "matmul_peak_gflops"}
     for dtype in ("float32", "bfloat16"):
         figures = result["T"][dtype]
+        assert figures.pop("attention").keys() == TRAIN
         assert figures["expert_scaling"].keys() == {"4", "8"}
         assert {"decode_tokens_per_s", "qwen3_moe_decode_tokens_per_s"} <= figures.keys()
         for kind in ("train", "forward"):
@@ -70,4 +71,8 @@ def test_the_flops_are_those_that_are_counted():
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         model(peers.random_tokens(size), use_cache=False)
-    assert counter.get_total_flops() == pytest.approx(peers.forward_flops(model, size), rel=0.02)
+    # Plain products compute whole rows.
+    expected = peers.forward_flops(model, size, causal=False)
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.02)
+    attention = 2 * 32 * 2 * 2 * 16 * 32
+    assert expected - peers.forward_flops(model, size) == attention * 15 // 32

@@ -407,3 +407,62 @@ def test_auto_iterates_small_matrices_in_float32():
         orthogonalize(wide, dtype="auto"), orthogonalize(wide), atol=0.05, rtol=0
     )
     assert orthogonalize(x.double(), dtype="auto").dtype == torch.float64
+
+
+# The usual test functions, on the AdamW track; matrices have their own below.
+
+FUNCTIONS = {
+    "rosenbrock": (lambda x: (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2, (-1.2, 1.0)),
+    "beale": (
+        lambda x: sum(
+            (c - x[0] + x[0] * x[1] ** k) ** 2 for k, c in ((1, 1.5), (2, 2.25), (3, 2.625))
+        ),
+        (1.0, 1.0),
+    ),
+    "himmelblau": (
+        lambda x: (x[0] ** 2 + x[1] - 11) ** 2 + (x[0] + x[1] ** 2 - 7) ** 2,
+        (0.0, 0.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_it_finds_the_minimum_of_a_test_function(mode, name):
+    function, start = FUNCTIONS[name]
+    x = nn.Parameter(torch.tensor(start, dtype=torch.float64))
+    optimizer = ARS2Neo([x], lr=0.05, weight_decay=0.0, sam=mode, rho=1e-3, betas=(0.9, 0.99))
+    cooldown = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=1500)
+
+    def closure():
+        optimizer.zero_grad()
+        value = function(x)
+        value.backward()
+        return value.detach()
+
+    first = float(closure())
+    for _ in range(1500):
+        optimizer.step(closure)
+        cooldown.step()
+    assert float(closure()) < 1e-3 * first
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_matrix_is_factorised(mode):
+    torch.manual_seed(0)
+    target = torch.randn(12, 3) @ torch.randn(3, 10)
+    a, b = nn.Parameter(0.3 * torch.randn(12, 3)), nn.Parameter(0.3 * torch.randn(3, 10))
+    optimizer = ARS2Neo([a, b], lr=0.05, weight_decay=0.0, sam=mode, rho=1e-3)
+    cooldown = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=600)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (a @ b - target).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    first = float(closure())
+    for _ in range(600):
+        optimizer.step(closure)
+        cooldown.step()
+    assert float(closure()) < 1e-3 * first

@@ -41,8 +41,8 @@ def bench_model(
         sizes: by name.
 
     Returns:
-        ``{size: {dtype: {"train": …, "forward": …, "expert_scaling": …, "decode_tokens_per_s":
-        …}}, "matmul_peak_gflops": {dtype: …}}``.
+        ``{size: {dtype: {"train": …, "forward": …, "attention": …, "expert_scaling": …,
+        "decode_tokens_per_s": …}}, "matmul_peak_gflops": {dtype: …}}``.
     """
     peaks = {name: matmul_peak(dtype) for name, dtype in DTYPES.items()}
     result: dict[str, Any] = {
@@ -55,6 +55,7 @@ def bench_model(
 def bench_size(size: Size, dtype: str, peak: float, rounds: int, compiled: bool) -> dict[str, Any]:
     """All figures of one size in one dtype; ``peak`` in floating-point operations a second."""
     models = {name: _quicker(make(size), size, dtype) for name, make in MODELS.items()}
+    attention = {name: str(model.config._attn_implementation) for name, model in models.items()}  # type: ignore[union-attr]
     flops = peers.forward_flops(models["ours"], size)
     if compiled:
         models = {name: torch.compile(model) for name, model in models.items()}  # type: ignore[misc]
@@ -68,6 +69,7 @@ def bench_size(size: Size, dtype: str, peak: float, rounds: int, compiled: bool)
             "ours_over_dense": seconds["dense"] / seconds["ours"],
             "matmul_efficiency": passes * flops / seconds["ours"] / peak,
         }
+    result["attention"] = attention
     result["expert_scaling"] = expert_scaling(size, dtype, rounds)
     return result | decoding(size, dtype)
 

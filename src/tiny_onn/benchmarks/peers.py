@@ -92,16 +92,18 @@ def active_parameters(model: nn.Module, size: Size) -> int:
     return active
 
 
-def forward_flops(model: nn.Module, size: Size) -> int:
+def forward_flops(model: nn.Module, size: Size, *, causal: bool = True) -> int:
     """Floating-point operations of the matrix products in one forward pass of a batch.
 
-    Two for each active weight and token, and attention's two products, over whole rows as they are
-    computed (half of that is behind the causal mask).
+    Two for each active weight and token, and attention's two products.
+
+    Args:
+        causal: count of attention what the causal mask lets through, and not whole rows.
     """
     tokens = size.batch * size.tokens
     matrices = active_parameters(model, size) - _vectors(model)
-    scores = 2 * size.layers * size.tokens * size.hidden
-    return 2 * tokens * (matrices + scores)
+    keys = (size.tokens + 1) / 2 if causal else size.tokens
+    return round(2 * tokens * (matrices + 2 * size.layers * keys * size.hidden))
 
 
 def _vectors(model: nn.Module) -> int:

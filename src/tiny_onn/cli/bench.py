@@ -65,12 +65,13 @@ def show(result: dict[str, Any], json: bool) -> None:
 
     console = opt.console(json)
     for name, figure in flat(result):
-        console.print(f"{name:48} {figure:>12,.4g}", highlight=False)
+        text = figure if isinstance(figure, str) else f"{figure:,.4g}"
+        console.print(f"{name:48} {text:>12}", highlight=False)
     if json:
         opt.print_json(result | run_info(0))
 
 
-def flat(result: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+def flat(result: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float | str]]:
     """The figures of nested results with their dotted names."""
     for name, value in result.items():
         if isinstance(value, dict):
