@@ -192,3 +192,14 @@ def test_lists_of_ids_in_every_form():
     spread = cli.spread(["solve", "--tasks", "a", "b,c", "--json", "--tasks", "d"])
     expected = [x for name in "abc" for x in ("--tasks", name)]
     assert spread == ["solve", *expected, "--json", "--tasks", "d"]
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys, tmp_path):
+    monkeypatch.delitem(sys.modules, "tiny_onn.studies.optimizer", raising=False)
+    monkeypatch.delitem(sys.modules, "tiny_onn.studies.optimizers", raising=False)
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    assert run("study", "optimizer", "--out", tmp_path) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        "error: pytorch_optimizer is missing: pip install 'tiny-onn[bench]' brings it\n"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def expert_scaling(size: Size, dtype: str, rounds: int) -> dict[str, float]:
     """Tokens a second of a training step by number of experts, the chosen ones fixed."""
     calls = {
         str(count): _call(
-            _quicker(peers.ours(peers.with_experts(size, count)), size, dtype),
+            _quicker(peers.ours(replace(size, experts=count)), size, dtype),
             size,
             dtype,
             "train",

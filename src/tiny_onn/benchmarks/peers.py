@@ -3,7 +3,7 @@ vocabulary."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -75,11 +75,6 @@ def dense(size: Size) -> nn.Module:
         **_plain_tokens(),
     )
     return Qwen3ForCausalLM(config)
-
-
-def with_experts(size: Size, experts: int) -> Size:
-    """The same size with another number of experts."""
-    return replace(size, experts=experts)
 
 
 def active_parameters(model: nn.Module, size: Size) -> int:

@@ -30,6 +30,13 @@ COMMANDS = {
 MENDABLE = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError)
 """What a user did, and can mend: exit status 2. Anything else is ours: exit status 1."""
 
+EXTRAS = {
+    "mnist1d": "bench",
+    "pytorch_optimizer": "bench",
+    "tensorboard": "tensorboard",
+}
+"""Packages that only some commands need, and the extra of this package that brings them."""
+
 LIST_OPTIONS = ("--tasks",)
 
 
@@ -125,6 +132,9 @@ def _explain(error: Exception) -> int:
         return _fail(f"{_one_line(error)}; --resume goes on from there", 130)
     if type(error).__name__ in ("TrainingError", "CheckpointError"):
         return _fail(_one_line(error), 1)
+    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+        extra = EXTRAS[error.name]
+        return _fail(f"{error.name} is missing: pip install 'tiny-onn[{extra}]' brings it", 2)
     if isinstance(error, OSError):
         return _fail(_one_line(error), 1)
     return _fail(f"internal: {type(error).__name__}: {_one_line(error)} (--debug shows where)", 1)

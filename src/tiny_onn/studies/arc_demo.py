@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from tiny_onn.arc import load_tasks, score
 from tiny_onn.arc.augment import views
 from tiny_onn.arc.decode import Prompt, log_likelihoods
-from tiny_onn.arc.recipe import ModelRecipe, Recipe, ShapingRecipe
+from tiny_onn.arc.recipe import Recipe, ShapingRecipe
 from tiny_onn.arc.schedule import ScheduleConfig
 from tiny_onn.arc.solving import answer
 from tiny_onn.arc.tasks import TaskSet
@@ -56,10 +56,8 @@ def train_and_score(
     part: str,
     *,
     seed: int,
-    minutes: float | None,
-    steps: int | None = None,
+    minutes: float,
     full: bool = False,
-    model: ModelRecipe | None = None,
     shaping: ShapingRecipe | None = None,
     optimizer: Callable[[TinyOnnForCausalLM], Optimizer] | None = None,
 ) -> tuple[TrainingRun, dict[str, Any]]:
@@ -67,8 +65,8 @@ def train_and_score(
 
     Args:
         part: "tune" or "report".
-        minutes, steps: what ends training first.
-        model, shaping, optimizer: the recipe's own by default.
+        minutes: training time, by the study's clock.
+        shaping, optimizer: the recipe's own by default.
 
     Returns:
         The run, and ``solved, solved_at_1, tasks, held_out_loss, steps, tokens, seconds,
@@ -77,9 +75,8 @@ def train_and_score(
     tasks = task_sets(full)[part]
     recipe = Recipe(
         seed=seed,
-        model=model or ModelRecipe(),
         shaping=shaping or ShapingRecipe(),
-        schedule=ScheduleConfig(minutes=minutes, steps=steps),
+        schedule=ScheduleConfig(minutes=minutes),
     )
     run = TrainingRun(list(tasks), recipe, optimizer=optimizer, clock=clock())
     for _ in run.train():

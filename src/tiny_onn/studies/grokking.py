@@ -5,13 +5,14 @@ Shapes: N pairs, T = 3 tokens (a, b, equals), D width, p the prime.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiny_onn.studies.optimizers import build
+from tiny_onn.studies.optimizers import build, step
 from tiny_onn.studies.runs import Figures, Settings, Stopwatch
 
 GOAL = 0.99
@@ -99,16 +100,7 @@ def run(settings: Settings) -> Figures:
     watch, testing = Stopwatch(), 0.0
     for epoch in range(1, settings["epochs"] + 1):
         for batch in torch.randperm(len(tokens)).split(BATCH):
-
-            def closure(batch: Tensor = batch) -> float:
-                nonlocal passes
-                passes += 1
-                optimizer.zero_grad()
-                loss = F.cross_entropy(model(tokens[batch]), sums[batch])
-                loss.backward()
-                return float(loss.detach())
-
-            optimizer.step(closure)
+            passes += step(optimizer, partial(_loss, model, tokens[batch], sums[batch]))
             steps += 1
         if epoch % EVERY and epoch < settings["epochs"]:
             continue
@@ -123,6 +115,10 @@ def run(settings: Settings) -> Figures:
         "curve": [round(x, 4) for x in curve],
         "sync_rate": passes / steps - 1,
     }
+
+
+def _loss(model: nn.Module, tokens: Tensor, sums: Tensor) -> Tensor:
+    return F.cross_entropy(model(tokens), sums)
 
 
 @torch.inference_mode()

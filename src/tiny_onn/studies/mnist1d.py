@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiny_onn.studies.optimizers import build
+from tiny_onn.studies.optimizers import build, step
 from tiny_onn.studies.runs import Figures, Settings, Stopwatch
 
 BATCH = 100
@@ -88,16 +88,7 @@ def run(settings: Settings) -> Figures:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * (1 - spent / settings["budget"])
         batch = torch.randint(len(x), (BATCH,))
-
-        def closure(batch: Tensor = batch) -> float:
-            nonlocal passes
-            passes += 1
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(x[batch]), y[batch])
-            loss.backward()
-            return float(loss.detach())
-
-        optimizer.step(closure)
+        passes += step(optimizer, partial(_loss, model, x[batch], y[batch]))
         steps += 1
     seconds = watch.seconds
     held_x, held_y = examples()[settings["part"]]
@@ -111,3 +102,7 @@ def run(settings: Settings) -> Figures:
         "seconds": seconds,
         "sync_rate": passes / steps - 1,
     }
+
+
+def _loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), y)

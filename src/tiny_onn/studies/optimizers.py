@@ -77,6 +77,22 @@ def build(
     return ARS2Neo(groups, betas=betas, sam=arm, rho=rho, sync_every=every, ns_dtype="auto")
 
 
+def step(optimizer: Optimizer, loss_of: Callable[[], Tensor]) -> int:
+    """One step of an optimizer; returns how many forward-backward passes it took."""
+    passes = 0
+
+    def closure() -> float:
+        nonlocal passes
+        passes += 1
+        optimizer.zero_grad()
+        loss = loss_of()
+        loss.backward()
+        return float(loss.detach())
+
+    optimizer.step(closure)
+    return passes
+
+
 def coin(rate: float, seed: int) -> Callable[[object], bool]:
     """A trigger that fires in a share of the steps, whatever the geometry."""
     throws = random.Random(seed)
