@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from tiny_onn import __version__
+from tiny_onn.cli.process import tune
 
 COMMANDS = {
     "solve": "Train on the demonstrations of the chosen tasks; answer each test input twice.",
@@ -74,14 +75,12 @@ def tiny_onn() -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and exit with its status."""
+    tune()
     sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
 
 
 def run(argv: list[str]) -> int:
     """Run a command; 0 for success, 2 for what the user must mend, 130 when interrupted."""
-    # A thread that spins while it waits for the others is 10 % quicker on an idle machine, and ten
-    # times slower as soon as another program wants its core.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if argv == ["--version"]:
         typer.echo(f"tiny-onn {__version__}")
         return 0

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tiny_onn.models.causal_blocks import attention_in_blocks, blocks_pay
 from tiny_onn.models.configuration_tiny_onn import TinyOnnConfig
 from tiny_onn.models.positions import rotate
 from tiny_onn.routing import ROUTERS, MixtureOfExperts, RoutedHeads
@@ -64,10 +65,12 @@ class TinyOnnAttention(nn.Module):
         key = rotate(key, *position_embeddings).to(value.dtype)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        function: Callable[..., tuple[Tensor, Tensor | None]]
-        function = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        implementation = self.config._attn_implementation
+        function: Callable[..., tuple[Tensor, Tensor | None]] = sdpa_attention_forward
+        if implementation != "sdpa":
+            function = ALL_ATTENTION_FUNCTIONS.get_interface(
+                implementation, eager_attention_forward
+            )
         weights = None
 
         def attend(queries_NKW: Tensor) -> Tensor:
@@ -146,6 +149,26 @@ def eager_attention_forward(
     grouped = weights.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
     mixed = (grouped @ value).unflatten(2, (-1, length)).flatten(1, 2)
     return mixed.transpose(1, 2), weights
+
+
+def sdpa_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """torch's ``scaled_dot_product_attention``, or causal blocks where these are the quicker; sizes
+    as in :func:`eager_attention_forward`."""
+    if blocks_pay(query, key, attention_mask, dropout):
+        return attention_in_blocks(query, key, value, scaling), None
+    mixed, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
+        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+    )
+    return mixed, None
 
 
 def packed_causal_mask(segment_ids_BT: Tensor, additive: bool) -> Tensor:

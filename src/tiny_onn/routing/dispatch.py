@@ -65,6 +65,19 @@ class Gather(torch.autograd.Function):
         return F.embedding_bag(slot_NK, grad_PD.contiguous(), mode="sum"), None, None
 
 
+class Sum(torch.autograd.Function):
+    """``y[n] = sum_k values[slot[n, k]]``, whose gradient is one gather."""
+
+    @staticmethod
+    def forward(ctx: Any, values_PO: Tensor, token_P: Tensor, slot_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(token_P)
+        return F.embedding_bag(slot_NK, values_PO, mode="sum")
+
+    @staticmethod
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor, None, None]:
+        return grad_NO.index_select(0, ctx.saved_tensors[0]), None, None
+
+
 class Combine(torch.autograd.Function):
     """``y[n] = sum_k weights[n, k] * values[slot[n, k]]``: the mixture of the experts' outputs."""
 

@@ -26,9 +26,9 @@ from tiny_onn.routing.grouped import (
 
 Implementation = Literal["auto", "grouped", "dense", "loop"]
 
-SMALL_PAIRS, SMALL_BYTES = 128, 1 << 20
-"""On a CPU so few (token, expert) products, with weights that fit a cache, are computed for all
-experts in less time than sorting the tokens takes."""
+SMALL_PRODUCTS, SMALL_BYTES = 1 << 25, 1 << 22
+"""On a CPU so few products of tokens with all weights, where these fit a cache, take less time than
+sorting the tokens by expert does."""
 
 
 class Plan(NamedTuple):
@@ -97,14 +97,14 @@ class Experts(nn.Module):
             )
         if self.implementation != "auto":
             return self.implementation
-        small = x.device.type == "cpu" and len(indices) * self.num_experts <= SMALL_PAIRS
-        if indices.shape[1] == self.num_experts or (small and self._bytes <= SMALL_BYTES):
+        if indices.shape[1] == self.num_experts or self._is_small(x):
             return "dense"
         return "grouped" if accepts else "loop"
 
-    @property
-    def _bytes(self) -> int:
-        return sum(weight.numel() * weight.element_size() for weight in self.parameters())
+    def _is_small(self, x: Tensor) -> bool:
+        weights = sum(weight.numel() for weight in self.parameters())
+        size = weights * x.element_size()
+        return x.device.type == "cpu" and len(x) * weights <= SMALL_PRODUCTS and size <= SMALL_BYTES
 
 
 class GroupedExperts(Experts):
@@ -180,8 +180,7 @@ class GroupedExperts(Experts):
             return (weights_NE[:, None] @ y_NEO).squeeze(1)
         gate_up = F.linear(x_ND, self.gate_up_proj.to(x_ND.dtype).flatten(0, 1))
         inner_NEI = swiglu(gate_up.unflatten(1, (self.num_experts, -1)))
-        inner_NEI = inner_NEI * weights_NE[:, :, None]
-        return inner_NEI.flatten(1) @ self.down_proj.to(x_ND.dtype).transpose(1, 2).flatten(0, 1)
+        return sum_of_products(inner_NEI * weights_NE[:, :, None], self.down_proj.to(x_ND.dtype))
 
     def extra_repr(self) -> str:
         kind = "linear" if self.intermediate_size is None else f"swiglu {self.intermediate_size}"
@@ -229,6 +228,14 @@ def dense_weights(
     """Mixing weights ``[N, E]`` of all experts, zero for those that were not chosen."""
     zeros = weights_NK.new_zeros(len(weights_NK), num_experts)
     return zeros.scatter(1, indices_NK, weights_NK).to(dtype)
+
+
+def sum_of_products(x_NEI: Tensor, weight_EOI: Tensor) -> Tensor:
+    """``sum_e weight[e] @ x[n, e]``, ``[N, O]``, by way of whichever is less: every expert's
+    products, or a copy of the weights that has experts and inputs side by side."""
+    if len(x_NEI) < weight_EOI.shape[2]:
+        return torch.bmm(x_NEI.transpose(0, 1), weight_EOI.transpose(1, 2)).sum(0)
+    return x_NEI.flatten(1) @ weight_EOI.transpose(1, 2).flatten(0, 1)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiny_onn.routing.dispatch import Combine, Gather, Unsort, sort
+from tiny_onn.routing.dispatch import Gather, Sum, Unsort, sort
 from tiny_onn.routing.experts import (
     Experts,
     Implementation,
     check_sizes,
     compute_dtype,
-    dense_weights,
+    sum_of_products,
 )
 
 Attend = Callable[[Tensor], Tensor]
@@ -65,20 +65,22 @@ class RoutedHeads(Experts):
         """
         x = x.to(compute_dtype(x))
         q_proj, o_proj = self.q_proj.to(x.dtype), self.o_proj.to(x.dtype)
+
+        def read(queries_NKW: Tensor) -> Tensor:
+            # Weighed before the output projection, which is wider than the heads.
+            return attend(queries_NKW).to(x.dtype) * weights[:, :, None].to(x.dtype)
+
         plan = self.plan(x, indices)
         if plan is None:
             place_NKW = indices[:, :, None].expand(-1, -1, self.head_size)
             queries_NEW = F.linear(x, q_proj.flatten(0, 1)).unflatten(1, (self.num_experts, -1))
-            read_NKW = attend(queries_NEW.gather(1, place_NKW)).to(x.dtype)
-            weights_NE = dense_weights(weights, indices, self.num_experts, x.dtype)
+            read_NKW = read(queries_NEW.gather(1, place_NKW))
             read_NEW = torch.zeros_like(queries_NEW).scatter(1, place_NKW, read_NKW)
-            spread = (read_NEW * weights_NE[:, :, None]).flatten(1)
-            return spread @ o_proj.transpose(1, 2).flatten(0, 1)
+            return sum_of_products(read_NEW, o_proj)
         (token, slot, offsets), linear = plan
         queries_PW = linear(Gather.apply(x, token, slot), q_proj, offsets)
-        read_NKW = attend(Unsort.apply(queries_PW, slot))
-        read_PW = sort(read_NKW.to(x.dtype), slot, len(token))
-        return Combine.apply(linear(read_PW, o_proj, offsets), weights, token, slot)
+        read_PW = sort(read(Unsort.apply(queries_PW, slot)), slot, len(token))
+        return Sum.apply(linear(read_PW, o_proj, offsets), token, slot)
 
     def extra_repr(self) -> str:
         return f"{self.num_experts} x heads of {self.head_size}, {self.hidden_size} wide"
