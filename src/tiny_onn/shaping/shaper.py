@@ -36,6 +36,7 @@ class RoutingShaper:
         model: a model with :class:`~tiny_onn.routing.MixtureOfExperts` modules.
         strategy: a name in ``SHAPERS``, or a strategy object of your own.
         w_meta: weight of the whole term.
+        sites: the sites of a model of another kind (see :func:`~tiny_onn.shaping.shape_routing`).
         options: passed to the strategy named, e.g. ``w_entropy`` and ``cost_alpha`` of FARS.
     """
 
@@ -44,9 +45,11 @@ class RoutingShaper:
         model: nn.Module,
         strategy: str | Strategy = "fars",
         w_meta: float = 0.1,
+        *,
+        sites: Sequence[Site] | None = None,
         **options: float,
     ) -> None:
-        self.sites = find_sites(model)
+        self.sites = find_sites(model) if sites is None else list(sites)
         self.w_meta = w_meta
         self.strategy = _strategy(strategy, options)
 
