@@ -306,7 +306,7 @@ def test_the_optimizer_may_come_later_or_be_wrapped() -> None:
     costs = []
     for _ in range(3):
         (model(input_ids=tokens, labels=tokens).loss + shaping.loss()).backward()
-        costs.append(shaping.shaper.strategy.costs(shaping.shaper.sites, raw)[0])
+        costs.append(shaping.shaper.strategies["fars"].costs(shaping.shaper.sites, raw)[0])
         shaping.optimizer.step()
         shaping.optimizer.zero_grad()
     assert costs[0].tolist() == [1.0] * E

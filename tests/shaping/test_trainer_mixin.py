@@ -76,7 +76,7 @@ def test_costs_are_read_from_the_optimizer_that_is_stepped(make_trainer: Any) ->
     class Watch(TrainerCallback):
         def on_step_end(self, *_: Any, **kwargs: Any) -> None:
             shaper, raw = trainer.shaping.shaper, kwargs["optimizer"].optimizer
-            costs.append(torch.stack(shaper.strategy.costs(shaper.sites, raw)))
+            costs.append(torch.stack(shaper.strategies["fars"].costs(shaper.sites, raw)))
 
     model = make_model("mixtral")
     trainer = make_trainer(model, callbacks=[Watch()])
@@ -128,9 +128,9 @@ def test_micro_batches_are_logged_as_their_mean(make_trainer: Any) -> None:
     class Count:
         calls = 0
 
-        def loss(self, sites: Any, logits: Any, optimizer: Any) -> Tensor:
+        def loss(self, routes: Any) -> Tensor:
             self.calls += 1
-            return logits[0].sum() * 0 + self.calls
+            return routes.logits[0].sum() * 0 + self.calls
 
     trainer = make_trainer(
         make_model("olmoe"),

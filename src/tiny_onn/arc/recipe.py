@@ -7,7 +7,7 @@ their defaults are the only ones there are.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.optim import Optimizer
@@ -106,21 +106,28 @@ class ShapingRecipe:
     """Routing shaping: see :class:`tiny_onn.shaping.RoutingShaper`.
 
     Attributes:
-        strategy: "none", "balance" or "fars".
+        strategy: a name in ``tiny_onn.shaping.SHAPERS``, or several as in "fars+z".
         w_meta: weight of the routing loss.
-        w_entropy, cost_alpha: weights of FARS's entropy and cost.
+        w_entropy, cost_alpha: weights of FARS's entropy and cost; "auto" makes the cost 2 % of the
+            loss.
+        per_load: divide FARS's costs by the experts' load.
     """
 
     strategy: str = "fars"
     w_meta: float = 0.1
     w_entropy: float = 1.0
-    cost_alpha: float = 0.1
+    cost_alpha: float | Literal["auto"] = 0.1
+    per_load: bool = False
 
     def build(self, model: TinyOnnForCausalLM) -> RoutingShaper:
         """A shaper of the model's sites."""
-        options = {"w_entropy": self.w_entropy, "cost_alpha": self.cost_alpha}
-        if self.strategy != "fars":
-            options = {}
+        options: dict[str, Any] = {}
+        if "fars" in self.strategy.split("+"):
+            options = {
+                "w_entropy": self.w_entropy,
+                "cost_alpha": self.cost_alpha,
+                "per_load": self.per_load,
+            }
         return RoutingShaper(model, self.strategy, self.w_meta, **options)
 
 

@@ -132,7 +132,9 @@ class ARCTrainer:
         main = arc_loss(predictions)
         shaping = torch.zeros_like(main)
         if self.shaper is not None:
-            shaping = self.shaper.calculate_meta_loss(outputs.router_logits, self.optimizer, mask)
+            shaping = self.shaper.calculate_meta_loss(
+                outputs.router_logits, self.optimizer, mask, main
+            )
         self._router_logits = tuple(logits.detach() for logits in outputs.router_logits)
         self._mask = mask
         return main, shaping, token_accuracy(predictions)

@@ -68,10 +68,11 @@ class TrainingRun:
         self.model.to(device)
         self.optimizer = (optimizer or recipe.optimizer.build)(self.model)
         self._clock = clock
+        self.shaper = recipe.shaping.build(self.model)
         self.trainer = ARCTrainer(
             self.model,
             self.optimizer,
-            recipe.shaping.build(self.model),
+            self.shaper,
             seed=recipe.seed,
             clip=recipe.training.clip,
             precision=recipe.training.precision,
@@ -129,6 +130,7 @@ class TrainingRun:
         self.trainer.step = int(state["step"])
         self.stream.load_state_dict(state["stream"])
         self.schedule.load_state_dict(state["schedule"])
+        self.shaper.load_state_dict(state["shaping"])
         for name in _COUNTERS:
             setattr(self, name, state[name])
 
@@ -138,6 +140,7 @@ class TrainingRun:
             "task_ids": self.task_ids,
             "stream": self.stream.state_dict(),
             "schedule": self.schedule.state_dict(),
+            "shaping": self.shaper.state_dict(),
             **{name: getattr(self, name) for name in _COUNTERS},
         }
 

@@ -48,6 +48,7 @@ class TinyOnnAttention(nn.Module):
             ROUTERS[config.router](config.hidden_size, config.num_experts),
             RoutedHeads(config.num_experts, config.hidden_size, width),
             top_k,
+            selection_bias=config.router_selection_bias,
         )
 
     def forward(

@@ -39,6 +39,8 @@ class TinyOnnConfig(PreTrainedConfig):
         moe_intermediate_size: width of one SwiGLU expert.
         shared_expert_intermediate_size: width of a SwiGLU expert that computes every token beside
             the chosen ones, 0 for none.
+        router_selection_bias: whether each site keeps a bias that counts in the choice of its
+            experts only, for the shaping strategy ``"bias"``.
         router: which router chooses the experts, a key of ``tiny_onn.routing.ROUTERS``.
         position_type: ``"grid"`` rotates queries and keys by (row, column, grid), which follow
             from the tokens; ``"sequence"`` makes an ordinary causal language model.
@@ -65,6 +67,7 @@ class TinyOnnConfig(PreTrainedConfig):
     moe_intermediate_size: int = 128
     shared_expert_intermediate_size: int = 0
     router: str = "mlp"
+    router_selection_bias: bool = False
     position_type: Literal["grid", "sequence"] = "grid"
     num_tasks: int = 0
     num_symmetries: int = 8

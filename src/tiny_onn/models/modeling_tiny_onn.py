@@ -44,6 +44,7 @@ class TinyOnnDecoderLayer(GradientCheckpointingLayer):
             ),
             config.num_experts_per_tok,
             SharedExpert(config.hidden_size, shared) if shared else None,
+            selection_bias=config.router_selection_bias,
         )
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -83,6 +84,8 @@ class TinyOnnPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, (Experts, Router)):
             module.reset_parameters()
+        elif isinstance(module, MixtureOfExperts) and module.selection_bias is not None:
+            nn.init.zeros_(module.selection_bias)
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
 

@@ -78,30 +78,6 @@ class Sum(torch.autograd.Function):
         return grad_NO.index_select(0, ctx.saved_tensors[0]), None, None
 
 
-class Combine(torch.autograd.Function):
-    """``y[n] = sum_k weights[n, k] * values[slot[n, k]]``: the mixture of the experts' outputs."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, values_PO: Tensor, weights_NK: Tensor, token_P: Tensor, slot_NK: Tensor
-    ) -> Tensor:
-        ctx.wide = weights_NK.dtype
-        weights_NK = weights_NK.to(values_PO.dtype)
-        ctx.save_for_backward(values_PO, weights_NK, token_P, slot_NK)
-        return F.embedding_bag(slot_NK, values_PO, mode="sum", per_sample_weights=weights_NK)
-
-    @staticmethod
-    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        values_PO, weights_NK, token_P, slot_NK = ctx.saved_tensors
-        grad_PO = grad_NO.index_select(0, token_P)
-        # The sum is accumulated in float32 whatever the dtype; asking for its result in float32
-        # would first copy all of the product.
-        grad_weights_P = (values_PO * grad_PO).sum(-1)
-        weights_P = torch.zeros_like(token_P, dtype=grad_PO.dtype)
-        weights_P.scatter_(0, slot_NK.reshape(-1), weights_NK.reshape(-1))
-        return grad_PO.mul_(weights_P[:, None]), grad_weights_P[slot_NK].to(ctx.wide), None, None
-
-
 class Unsort(torch.autograd.Function):
     """``rows[slot]``: sorted rows back in the order of tokens and their choices ``[N, K, W]``.
 

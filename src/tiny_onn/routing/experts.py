@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiny_onn.routing.dispatch import Combine, Dispatch, Gather, dispatch
+from tiny_onn.routing.dispatch import Dispatch, Gather, Sum, dispatch, sort
 from tiny_onn.routing.grouped import (
     grouped_linear,
     grouped_mm_accepts,
@@ -31,11 +31,19 @@ SMALL_PRODUCTS, SMALL_BYTES = 1 << 25, 1 << 22
 sorting the tokens by expert does."""
 
 
+Linear = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""The product of sorted rows with their experts' matrices, from rows, matrices and offsets."""
+
+Observer = Callable[[Dispatch], Callable[[Tensor, Tensor], object]]
+"""Told how a call's rows are sorted, it returns what is told the rows that go into each product and
+those that come out."""
+
+
 class Plan(NamedTuple):
     """How one call is computed: the sorted rows, and the product of rows with their experts."""
 
     dispatch: Dispatch
-    linear: Callable[[Tensor, Tensor, Tensor], Tensor]
+    linear: Linear
 
 
 class Experts(nn.Module):
@@ -48,7 +56,12 @@ class Experts(nn.Module):
             one expert after the other, any dtype and width), ``"dense"`` (all experts for all
             tokens), or ``"auto"``: dense where all experts are chosen or there is next to nothing
             to compute, else grouped wherever ``grouped_mm`` takes the dtype and the widths.
+
+    Attributes:
+        observer: watches the products of every call, which are then never computed densely.
     """
+
+    observer: Observer | None = None
 
     def __init__(
         self,
@@ -82,10 +95,12 @@ class Experts(nn.Module):
         implementation = self._implementation_for(indices, x)
         if implementation == "dense":
             return None
-        if implementation == "loop":
-            return Plan(dispatch(indices, self.num_experts), loop_linear)
-        multiple = row_multiple(indices.numel() // self.num_experts, x.dtype, x.device)
-        return Plan(dispatch(indices, self.num_experts, multiple), grouped_linear)
+        multiple = 1
+        if implementation == "grouped":
+            multiple = row_multiple(indices.numel() // self.num_experts, x.dtype, x.device)
+        rows = dispatch(indices, self.num_experts, multiple)
+        linear = loop_linear if implementation == "loop" else grouped_linear
+        return Plan(rows, linear if self.observer is None else _seen(linear, self.observer(rows)))
 
     def _implementation_for(self, indices: Tensor, x: Tensor) -> Implementation:
         """The implementation asked for, or the quickest by what ``docs/log.md`` measured."""
@@ -95,9 +110,11 @@ class Experts(nn.Module):
                 f"implementation='grouped' needs float32 or bfloat16 and rows of a multiple of 16 "
                 f"bytes. Got {x.dtype} with widths {list(self._widths)}"
             )
-        if self.implementation != "auto":
+        if self.implementation in ("grouped", "loop"):
             return self.implementation
-        if indices.shape[1] == self.num_experts or self._is_small(x):
+        all_chosen = indices.shape[1] == self.num_experts
+        dense = self.implementation == "dense" or all_chosen or self._is_small(x)
+        if dense and self.observer is None:
             return "dense"
         return "grouped" if accepts else "loop"
 
@@ -165,12 +182,13 @@ class GroupedExperts(Experts):
             return self._dense(x, dense_weights(weights, indices, self.num_experts, x.dtype))
         (token, slot, offsets), linear = plan
         x_PD = Gather.apply(x, token, slot)
+        weights_P1 = sort(weights[:, :, None].to(x.dtype), slot, len(token))
         if self.intermediate_size is None:
-            y_PO = linear(x_PD, self.proj.to(x.dtype), offsets)
+            y_PO = linear(x_PD * weights_P1, self.proj.to(x.dtype), offsets)
         else:
-            inner_PI = swiglu(linear(x_PD, self.gate_up_proj.to(x.dtype), offsets))
+            inner_PI = swiglu(linear(x_PD, self.gate_up_proj.to(x.dtype), offsets), weights_P1)
             y_PO = linear(inner_PI, self.down_proj.to(x.dtype), offsets)
-        return Combine.apply(y_PO, weights, token, slot)
+        return Sum.apply(y_PO, token, slot)
 
     def _dense(self, x_ND: Tensor, weights_NE: Tensor) -> Tensor:
         """Every expert for every token; those that were not chosen weigh nothing."""
@@ -179,40 +197,58 @@ class GroupedExperts(Experts):
             y_NEO = y_NEO.unflatten(1, (self.num_experts, -1))
             return (weights_NE[:, None] @ y_NEO).squeeze(1)
         gate_up = F.linear(x_ND, self.gate_up_proj.to(x_ND.dtype).flatten(0, 1))
-        inner_NEI = swiglu(gate_up.unflatten(1, (self.num_experts, -1)))
-        return sum_of_products(inner_NEI * weights_NE[:, :, None], self.down_proj.to(x_ND.dtype))
+        gate_up_NEI = gate_up.unflatten(1, (self.num_experts, -1))
+        inner_NEI = swiglu(gate_up_NEI, weights_NE[:, :, None])
+        return sum_of_products(inner_NEI, self.down_proj.to(x_ND.dtype))
 
     def extra_repr(self) -> str:
         kind = "linear" if self.intermediate_size is None else f"swiglu {self.intermediate_size}"
         return f"{self.num_experts} x {kind}, {self.hidden_size} -> {self.output_size}"
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """``silu(gate) * up`` of a last dimension that holds both, gate first."""
+def _seen(linear: Linear, see: Callable[[Tensor, Tensor], object]) -> Linear:
+    def product(x_PD: Tensor, weight_EOD: Tensor, offsets_E: Tensor) -> Tensor:
+        y_PO = linear(x_PD, weight_EOD, offsets_E)
+        see(x_PD, y_PO)
+        return y_PO
+
+    return product
+
+
+def swiglu(gate_up: Tensor, weights: Tensor | None = None) -> Tensor:
+    """``silu(gate) * up * weights`` of a last dimension that holds both, gate first; the weights
+    have a last dimension of 1."""
     if torch.compiler.is_compiling():
         gate, up = gate_up.chunk(2, -1)
-        return F.silu(gate) * up
-    return _SwiGLU.apply(gate_up)
+        inner = F.silu(gate) * up
+        return inner if weights is None else inner * weights
+    return _SwiGLU.apply(gate_up, weights)
 
 
 class _SwiGLU(torch.autograd.Function):
     """:func:`swiglu`, whose gradient is written straight to its place."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
+    def forward(ctx: Any, gate_up: Tensor, weights: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gate_up, weights)
         gate, up = gate_up.chunk(2, -1)
-        return F.silu(gate).mul_(up)
+        inner = F.silu(gate).mul_(up)
+        return inner if weights is None else inner.mul_(weights)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        gate_up, weights = ctx.saved_tensors
         gate, up = gate_up.chunk(2, -1)
-        grad_gate_up = torch.empty_like(gate_up)
+        grad_gate_up, grad_weights = torch.empty_like(gate_up), None
         grad_gate, grad_up = grad_gate_up.chunk(2, -1)
-        torch.mul(grad, F.silu(gate), out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
-        return grad_gate_up
+        activated, grad_activated = F.silu(gate), grad * up
+        torch.mul(grad, activated, out=grad_up)
+        if weights is not None:
+            grad_weights = activated.mul_(grad_activated).sum(-1, keepdim=True)
+            grad_up.mul_(weights)
+            grad_activated.mul_(weights)
+        torch.ops.aten.silu_backward.grad_input(grad_activated, gate, grad_input=grad_gate)
+        return grad_gate_up, grad_weights
 
 
 def check_sizes(**sizes: int | None) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tiny_onn.routing.experts import Experts, swiglu
-from tiny_onn.routing.routers import route
+from tiny_onn.routing.routers import Routing, route
 
 
 class MixtureOfExperts(nn.Module):
@@ -23,7 +24,12 @@ class MixtureOfExperts(nn.Module):
         num_experts_per_tok: K, between 1 and E (K = E is a soft mixture).
         shared: an expert that computes every token, beside the chosen ones (arXiv:2401.06066), or
             None.
+        selection_bias: whether to keep a bias ``[E]`` that counts in the choice of experts, not in
+            their weights (arXiv:2408.15664): a buffer that the strategy ``"bias"`` of
+            ``tiny_onn.shaping`` moves.
     """
+
+    selection_bias: Tensor | None
 
     def __init__(
         self,
@@ -31,6 +37,7 @@ class MixtureOfExperts(nn.Module):
         experts: Experts,
         num_experts_per_tok: int,
         shared: nn.Module | None = None,
+        selection_bias: bool = False,
     ) -> None:
         super().__init__()
         if not 1 <= num_experts_per_tok <= experts.num_experts:
@@ -42,11 +49,17 @@ class MixtureOfExperts(nn.Module):
         self.experts = experts
         self.num_experts_per_tok = num_experts_per_tok
         self.shared = shared
+        bias = torch.zeros(experts.num_experts) if selection_bias else None
+        self.register_buffer("selection_bias", bias)
+
+    def choose(self, logits_NE: Tensor) -> Routing:
+        """The routing decision for raw logits ``[N, E]``."""
+        return route(logits_NE, self.num_experts_per_tok, self.selection_bias)
 
     def forward(self, hidden_states: Tensor, *inputs: Any) -> Tensor:
         """Map ``[..., D]`` to ``[..., O]``; further inputs are handed to the experts."""
         x_ND = hidden_states.reshape(-1, hidden_states.shape[-1])
-        routing = route(self.router(x_ND), self.num_experts_per_tok)
+        routing = self.choose(self.router(x_ND))
         y_NO = self.experts(x_ND, routing.indices, routing.weights, *inputs)
         y = y_NO.view(*hidden_states.shape[:-1], y_NO.shape[-1])
         return y if self.shared is None else y + self.shared(hidden_states)

@@ -32,8 +32,13 @@ class Routing(NamedTuple):
     indices: Tensor
 
 
-def route(logits_NE: Tensor, num_experts_per_tok: int) -> Routing:
+def route(
+    logits_NE: Tensor, num_experts_per_tok: int, selection_bias_E: Tensor | None = None
+) -> Routing:
     """Choose the top-k experts of each token and weigh them by a float32 softmax over the chosen.
+
+    Args:
+        selection_bias_E: added to the logits for the choice, not for the weights.
 
     Raises:
         ValueError: if ``num_experts_per_tok`` is not in 1..E.
@@ -45,7 +50,12 @@ def route(logits_NE: Tensor, num_experts_per_tok: int) -> Routing:
             f"Got {num_experts_per_tok}"
         )
     logits_NE = logits_NE.float()
-    chosen_NK, indices_NK = logits_NE.topk(num_experts_per_tok, dim=-1)
+    if selection_bias_E is None:
+        chosen_NK, indices_NK = logits_NE.topk(num_experts_per_tok, dim=-1)
+    else:
+        biased_NE = logits_NE.detach() + selection_bias_E
+        indices_NK = biased_NE.topk(num_experts_per_tok, dim=-1).indices
+        chosen_NK = logits_NE.gather(-1, indices_NK)
     return Routing(logits_NE, chosen_NK.softmax(dim=-1), indices_NK)
 
 

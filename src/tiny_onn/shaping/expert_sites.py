@@ -66,7 +66,13 @@ class ExpertSite:
                 f"The experts of {name!r} must be a module of nothing but stacked parameters, "
                 f"[E, ...]. Got {type(self.experts).__name__}"
             )
-        return Site(name, sizes.pop(), self.num_experts_per_tok, parameters)
+        return Site(name, sizes.pop(), self.num_experts_per_tok, self.experts, _block(model, self))
+
+
+def _block(model: nn.Module, site: ExpertSite) -> MixtureOfExperts | None:
+    """The block of ours whose experts these are."""
+    blocks = (m for m in model.modules() if isinstance(m, MixtureOfExperts))
+    return next((block for block in blocks if block.experts is site.experts), None)
 
 
 def find_expert_sites(model: nn.Module) -> list[ExpertSite]:

@@ -1,6 +1,6 @@
 """FARS, Fisher-aware routing shaping: routes are priced by the optimizer's second moment.
 
-Shapes: N tokens, E experts.
+Shapes: S sites, N tokens, E experts.
 
 An Adam-like optimizer keeps ``v``, a running mean of each weight's squared gradient: the diagonal
 of an empirical Fisher information. An expert whose ``v`` is large is being rewritten; sending it
@@ -10,15 +10,18 @@ more tokens costs more of what it knows. FARS charges each token for the experts
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 
-from tiny_onn.shaping.sites import Site
+from tiny_onn.shaping.moments import mean_roots, second_moments
+from tiny_onn.shaping.sites import Routes, Site, UpdateWatch
 
 
-def fisher_cost(second_moments: Iterable[Tensor]) -> Tensor:
+def fisher_cost(second_moments: Iterable[Tensor], samples: int | None = None) -> Tensor:
     """Each expert's learning cost, relative to the mean over the experts.
 
     ``c_e = mean over the expert's entries of sqrt(v)``, returned as ``c_e / mean_e c_e``, float32
@@ -27,11 +30,12 @@ def fisher_cost(second_moments: Iterable[Tensor]) -> Tensor:
 
     Args:
         second_moments: ``v`` of each of the site's expert parameters, ``[E, ...]``.
+        samples: about how many entries of each expert are read, evenly spread; None reads all.
     """
-    moments = list(second_moments)
-    total_E = sum(v.detach().float().sqrt().flatten(1).sum(-1) for v in moments)
-    assert isinstance(total_E, Tensor), "a site has at least one parameter"
-    cost_E = total_E / sum(v[0].numel() for v in moments)
+    return _relative(mean_roots([list(second_moments)], samples)[0])
+
+
+def _relative(cost_E: Tensor) -> Tensor:
     mean = cost_E.mean()
     return torch.where(mean > 0, cost_E / mean.clamp_min(torch.finfo(torch.float32).tiny), 1.0)
 
@@ -40,38 +44,76 @@ class FisherShaper:
     """The FARS term: ``w_entropy * H(p) + cost_alpha * sum_e p_e c_e``, mean over tokens.
 
     Reads the router logits and the optimizer's ``exp_avg_sq`` of the experts. The costs are
-    computed once per optimizer update and reused by every forward until the next.
+    computed once per optimizer update, right after it, and reused by every forward until the next:
+    by all micro-batches and by both passes of a sharpness-aware step.
 
     Args:
         w_entropy: weight of the routing entropy ``H(p)``, in nats.
-        cost_alpha: weight of the expected cost.
+        cost_alpha: weight of the expected cost, or ``"auto"``: so that the weighted cost is the
+            given share of the main loss on average over the first updates, then frozen.
+        share: that share.
+        auto_updates: how many updates those are.
+        samples: about how many entries of each expert's second moment are read; None reads all. A
+            few thousand give the mean to about one per cent (docs/log.md).
+        per_load: divide each cost by the expert's share of the routes, a running mean over about
+            100 forwards: for the study of how cost and load hang together.
     """
 
-    def __init__(self, w_entropy: float = 1.0, cost_alpha: float = 0.1) -> None:
+    def __init__(
+        self,
+        w_entropy: float = 1.0,
+        cost_alpha: float | Literal["auto"] = 0.1,
+        *,
+        share: float = 0.02,
+        auto_updates: int = 100,
+        samples: int | None = 4096,
+        per_load: bool = False,
+    ) -> None:
+        if isinstance(cost_alpha, str) and cost_alpha != "auto":
+            raise ValueError(f'cost_alpha must be a number or "auto". Got {cost_alpha!r}')
         self.w_entropy = w_entropy
-        self.cost_alpha = cost_alpha
-        self._costs: list[Tensor] | None = None
-        self._watched: Optimizer | None = None
+        self.share = share
+        self.samples = samples
+        self.per_load = per_load
+        self._alpha: float | Tensor = 0.0 if cost_alpha == "auto" else cost_alpha
+        self._updates_left = auto_updates if cost_alpha == "auto" else 0
+        self._forwards = 0
+        self._loads: dict[str, Tensor] = {}
+        self._costs: dict[Site, Tensor] = {}
         self._updated = False
+        self._watch = UpdateWatch(self._changed)
+        self._optimizer: Optimizer | None = None
 
-    def loss(self, sites: Sequence[Site], logits: Sequence[Tensor], optimizer: Optimizer) -> Tensor:
+    @property
+    def cost_alpha(self) -> float:
+        """The weight of the cost as it is now."""
+        return float(self._alpha)
+
+    def loss(self, routes: Routes) -> Tensor:
         """The mean of the term over sites; a scalar whose gradient reaches the routers.
 
-        Args:
-            sites: the S routed sites.
-            logits: raw router logits ``[N, E]`` of each site, padding tokens left out.
-            optimizer: an optimizer of the Adam family that holds the experts' parameters.
+        Raises:
+            ValueError: if the optimizer has been stepped and holds no second moment of the experts;
+                with ``cost_alpha="auto"``, without a main loss.
         """
+        costs = self.costs(routes.sites, routes.optimizer)
+        if self.per_load:
+            costs = self._per_load(routes, costs)
+        if self._updates_left:
+            self._adjust(routes, costs)
+        groups: dict[torch.Size, list[int]] = {}
+        for i, logits_NE in enumerate(routes.logits):
+            groups.setdefault(logits_NE.shape, []).append(i)
         terms = [
-            self._term(logits_NE, cost_E)
-            for logits_NE, cost_E in zip(logits, self.costs(sites, optimizer), strict=True)
+            len(group)
+            * _PricedEntropy.apply(
+                torch.stack([routes.logits[i].float() for i in group]),
+                self._alpha * torch.stack([costs[i] for i in group]),
+                self.w_entropy,
+            )
+            for group in groups.values()
         ]
-        return torch.stack(terms).mean()
-
-    def _term(self, logits_NE: Tensor, cost_E: Tensor) -> Tensor:
-        log_p = logits_NE.log_softmax(dim=-1)
-        price_NE = self.cost_alpha * cost_E - self.w_entropy * log_p
-        return (log_p.exp() * price_NE).sum(-1).mean()
+        return torch.stack(terms).sum() / len(routes.logits)
 
     def costs(self, sites: Sequence[Site], optimizer: Optimizer) -> list[Tensor]:
         """The relative cost ``[E]`` of every site's experts, one tensor a site.
@@ -80,50 +122,107 @@ class FisherShaper:
             ValueError: naming the parameter, if the optimizer has been stepped and holds no
                 second moment of it.
         """
-        if self._watched is not optimizer:
-            self._watch(optimizer)
-        if self._costs is None:
-            self._costs = [self._site_cost(site, optimizer) for site in sites]
-        return self._costs
+        if self._watch.watch(optimizer):
+            self._optimizer, self._updated, self._costs = optimizer, False, {}
+        if any(site not in self._costs for site in sites):
+            self._read(sites)
+        return [self._costs[site] for site in sites]
 
-    def _watch(self, optimizer: Optimizer) -> None:
-        optimizer.register_step_post_hook(lambda *_: self._forget(updated=True))
-        optimizer.register_load_state_dict_post_hook(lambda *_: self._forget(updated=False))
-        self._watched = optimizer
-        self._forget(updated=False)
-
-    def _forget(self, updated: bool) -> None:
-        self._costs = None
+    def _changed(self, updated: bool) -> None:
         self._updated = updated
+        if updated and self._updates_left:
+            self._updates_left -= 1
+            if not self._updates_left:
+                self._alpha = float(self._alpha)
+        self._read(list(self._costs))
 
-    def _site_cost(self, site: Site, optimizer: Optimizer) -> Tensor:
-        moments = second_moments(site, optimizer, updated=self._updated)
-        if moments is not None:
-            return fisher_cost(moments)
-        device = next(iter(site.parameters.values())).device
-        return torch.ones(site.num_experts, device=device)
+    def _read(self, sites: Sequence[Site]) -> None:
+        assert self._optimizer is not None
+        moments = {
+            site: second_moments(site, self._optimizer, updated=self._updated) for site in sites
+        }
+        known = {site: found for site, found in moments.items() if found is not None}
+        roots = mean_roots(list(known.values()), self.samples)
+        self._costs = {
+            site: torch.ones(site.num_experts, device=next(site.experts.parameters()).device)
+            for site in sites
+        }
+        self._costs |= {site: _relative(c_E) for site, c_E in zip(known, roots, strict=True)}
 
+    @torch.no_grad()
+    def _per_load(self, routes: Routes, costs: list[Tensor]) -> list[Tensor]:
+        """Costs over the load relative to its mean, one again on average; a load of less than a
+        hundredth of the mean counts as that."""
+        found = []
+        for site, logits_NE, cost_E in zip(routes.sites, routes.logits, costs, strict=True):
+            chosen = logits_NE.topk(site.num_experts_per_tok, dim=-1).indices
+            load_E = torch.bincount(chosen.reshape(-1), minlength=site.num_experts).float()
+            load_E *= site.num_experts / load_E.sum()
+            known_E = self._loads.get(site.name, load_E).to(load_E.device)
+            self._loads[site.name] = load_E.lerp(known_E, 0.99)
+            found.append(_relative(cost_E / self._loads[site.name].clamp_min(0.01)))
+        return found
 
-def second_moments(
-    site: Site, optimizer: Optimizer, *, updated: bool = False
-) -> list[Tensor] | None:
-    """``exp_avg_sq`` of the site's experts, or None before the optimizer's first update.
-
-    Args:
-        updated: whether the optimizer is known to have been stepped; SGD's state doesn't tell.
-
-    Raises:
-        ValueError: naming the parameter whose second moment is missing after that.
-    """
-    state = optimizer.state
-    if not any("exp_avg_sq" in kept for kept in state.values()):
-        if updated or any(kept.get("step", 0) for kept in state.values()):
+    @torch.no_grad()
+    def _adjust(self, routes: Routes, costs: list[Tensor]) -> None:
+        if routes.main_loss is None:
             raise ValueError(
-                f"{type(optimizer).__name__} keeps no second moment (exp_avg_sq). "
-                "Shaping by cost needs an optimizer of the Adam family"
+                'cost_alpha="auto" is a share of the main loss: give calculate_meta_loss one'
             )
-        return None
-    for name, parameter in site.parameters.items():
-        if "exp_avg_sq" not in state.get(parameter, {}):
-            raise ValueError(f"{type(optimizer).__name__} holds no second moment of {name}")
-    return [state[parameter]["exp_avg_sq"] for parameter in site.parameters.values()]
+        priced = [
+            logits_NE.float().softmax(-1).mean(0) @ cost_E
+            for logits_NE, cost_E in zip(routes.logits, costs, strict=True)
+        ]
+        wanted = (
+            self.share * routes.main_loss.detach() / (routes.w_meta * torch.stack(priced).mean())
+        )
+        self._forwards += 1
+        self._alpha = self._alpha + (wanted - self._alpha) / self._forwards
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weight of the cost, where it was adjusted, and the loads, where they count."""
+        state: dict[str, Any] = {}
+        if self._forwards:
+            state |= {
+                "cost_alpha": self.cost_alpha,
+                "updates_left": self._updates_left,
+                "forwards": self._forwards,
+            }
+        if self._loads:
+            state["loads"] = {name: load_E.tolist() for name, load_E in self._loads.items()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        if "cost_alpha" in state:
+            self._alpha = state["cost_alpha"]
+            self._updates_left, self._forwards = state["updates_left"], state["forwards"]
+        self._loads = {name: torch.tensor(load) for name, load in state.get("loads", {}).items()}
+
+
+class _PricedEntropy(torch.autograd.Function):
+    """``mean(sum_e p_e (price_e - w log p_e))`` of ``p = softmax(logits)``, over sites and tokens.
+
+    Nothing is kept for the gradient but the logits, which are there anyway.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_SNE: Tensor, price_SE: Tensor, w_entropy: float) -> Tensor:
+        ctx.save_for_backward(logits_SNE, price_SE)
+        ctx.w_entropy = w_entropy
+        log_p = logits_SNE.log_softmax(-1)
+        p = log_p.exp()
+        negentropy = torch.dot(p.flatten(), log_p.flatten())
+        paid = (p.sum(1) * price_SE).sum()
+        return (paid - w_entropy * negentropy) / logits_SNE[..., 0].numel()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        logits_SNE, price_SE = ctx.saved_tensors
+        log_p = logits_SNE.log_softmax(-1)
+        p = log_p.exp()
+        # The gradient is that of sum_e p_e q_e with q held fixed: what the softmax does to q.
+        q = torch.sub(price_SE[:, None], log_p, alpha=ctx.w_entropy)
+        grad_logits = torch._softmax_backward_data(q, p, -1, p.dtype)
+        return grad_logits.mul_(grad / logits_SNE[..., 0].numel()), None, None

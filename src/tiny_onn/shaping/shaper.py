@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tiny_onn.shaping.balance import LoadBalanceShaper
+from tiny_onn.shaping.balance import LoadBalanceShaper, SelectionBiasShaper, ZLossShaper
 from tiny_onn.shaping.fisher import FisherShaper
-from tiny_onn.shaping.sites import Site, find_sites
+from tiny_onn.shaping.sites import Routes, Site, find_sites
+from tiny_onn.shaping.surprise import SurpriseShaper
 
 
 class Strategy(Protocol):
-    """One way of shaping: a scalar loss from the sites, their logits and the optimizer."""
+    """One way of shaping: a scalar loss from a batch's routes. What it remembers from one update to
+    the next it may offer as ``state_dict`` and ``load_state_dict``; what it has to do to the sites
+    beforehand, in
+    ``attach(model, sites)``."""
 
-    def loss(
-        self, sites: Sequence[Site], logits: Sequence[Tensor], optimizer: Optimizer
-    ) -> Tensor: ...
+    def loss(self, routes: Routes) -> Tensor: ...
 
 
 SHAPERS: dict[str, Callable[..., Strategy] | None] = {
     "none": None,
     "balance": LoadBalanceShaper,
+    "bias": SelectionBiasShaper,
+    "z": ZLossShaper,
+    "sars": SurpriseShaper,
     "fars": FisherShaper,
 }
 """The strategies by name; "none" leaves the routes to the main loss."""
@@ -34,10 +40,15 @@ class RoutingShaper:
 
     Args:
         model: a model with :class:`~tiny_onn.routing.MixtureOfExperts` modules.
-        strategy: a name in ``SHAPERS``, or a strategy object of your own.
+        strategy: a name in ``SHAPERS``, several of them as in ``"fars+z"``, or a strategy object of
+            your own. Several are added up; ``weights`` says how.
         w_meta: weight of the whole term.
         sites: the sites of a model of another kind (see :func:`~tiny_onn.shaping.shape_routing`).
-        options: passed to the strategy named, e.g. ``w_entropy`` and ``cost_alpha`` of FARS.
+        weights: of each strategy named, 1 where nothing is said.
+        options: of the strategies named, e.g. ``w_entropy`` and ``cost_alpha`` of FARS.
+
+    Raises:
+        ValueError: for a strategy or an option that doesn't exist.
     """
 
     def __init__(
@@ -47,53 +58,100 @@ class RoutingShaper:
         w_meta: float = 0.1,
         *,
         sites: Sequence[Site] | None = None,
-        **options: float,
+        weights: Mapping[str, float] | None = None,
+        **options: Any,
     ) -> None:
         self.sites = find_sites(model) if sites is None else list(sites)
         self.w_meta = w_meta
-        self.strategy = _strategy(strategy, options)
+        self.strategies = _strategies(strategy, options)
+        self.weights = dict(weights or {})
+        unknown = self.weights.keys() - self.strategies.keys()
+        if unknown:
+            raise ValueError(
+                f"weights must be of the strategies {', '.join(self.strategies)}. "
+                f"Got {', '.join(sorted(unknown))}"
+            )
+        for each in self.strategies.values():
+            if hasattr(each, "attach"):
+                each.attach(model, self.sites)
 
     def calculate_meta_loss(
-        self, routing: Sequence[Tensor], optimizer: Optimizer, mask: Tensor | None = None
+        self,
+        routing: Sequence[Tensor],
+        optimizer: Optimizer,
+        mask: Tensor | None = None,
+        main_loss: Tensor | None = None,
     ) -> Tensor:
-        """``w_meta`` times the mean of the strategy's term over sites and tokens, a scalar.
+        """``w_meta`` times the mean of the strategies' terms over sites and tokens, a scalar.
 
         Call it inside the closure, so that both passes of a sharpness-aware step see it.
 
         Args:
-            routing: raw router logits ``[N, E]`` of every site, in the sites' order.
+            routing: raw router logits ``[N, E]`` of every site, in the sites' order; with
+                recurrences, of all sites once, then once again, and so on.
             optimizer: read only, for the strategies that price experts by its second moment.
             mask: N entries in any shape, 0 or False for the tokens that do not count (padding);
                 a batch of nothing else gives 0.
+            main_loss: what this is added to; "sars" and ``cost_alpha="auto"`` need it.
 
         Raises:
-            ValueError: if the number of sites or of the mask's entries differs.
+            ValueError: if the number of sites or of the mask's entries differs, or if the main loss
+                is needed and missing.
         """
-        if len(routing) != len(self.sites):
+        rounds, rest = divmod(len(routing), len(self.sites))
+        if rest or not rounds:
             raise ValueError(f"Expected the logits of {len(self.sites)} sites. Got {len(routing)}")
-        if self.strategy is None:
-            return routing[0].new_zeros(())
-        kept = routing if mask is None else _without_padding(routing, mask)
-        if not len(kept[0]):
-            return routing[0].new_zeros(())
-        return self.w_meta * self.strategy.loss(self.sites, kept, optimizer)
+        nothing = routing[0].new_zeros(())
+        if not self.strategies:
+            return nothing
+        kept = None if mask is None else _places(routing, mask)
+        logits = routing if kept is None else [x_NE.index_select(0, kept) for x_NE in routing]
+        if not len(logits[0]):
+            return nothing
+        routes = Routes(self.sites * rounds, logits, optimizer, kept, main_loss, self.w_meta)
+        terms = [
+            self.weights.get(name, 1.0) * strategy.loss(routes)
+            for name, strategy in self.strategies.items()
+        ]
+        return self.w_meta * sum(terms, nothing)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the strategies remember from one update to the next, numbers only."""
+        states = {
+            name: strategy.state_dict()
+            for name, strategy in self.strategies.items()
+            if hasattr(strategy, "state_dict")
+        }
+        return {name: state for name, state in states.items() if state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        for name, kept in state.items():
+            self.strategies[name].load_state_dict(kept)  # type: ignore[attr-defined]
 
 
-def _without_padding(routing: Sequence[Tensor], mask: Tensor) -> Sequence[Tensor]:
+def _places(routing: Sequence[Tensor], mask: Tensor) -> Tensor | None:
+    """The places of the tokens that count, None for all."""
     if mask.numel() != len(routing[0]):
         raise ValueError(
             f"mask must have {len(routing[0])} entries, one a token. Got {mask.numel()}"
         )
-    if bool(mask.all()):
-        return routing
-    flat = mask.reshape(-1).nonzero().squeeze(-1)
-    return [logits_NE.index_select(0, flat) for logits_NE in routing]
+    return None if bool(mask.all()) else mask.reshape(-1).nonzero().squeeze(-1)
 
 
-def _strategy(strategy: str | Strategy, options: dict[str, float]) -> Strategy | None:
+def _strategies(strategy: str | Strategy, options: dict[str, Any]) -> dict[str, Strategy]:
     if not isinstance(strategy, str):
-        return strategy
-    if strategy not in SHAPERS:
-        raise ValueError(f"strategy must be one of {', '.join(SHAPERS)}. Got {strategy!r}")
-    make = SHAPERS[strategy]
-    return None if make is None else make(**options)
+        return {type(strategy).__name__: strategy}
+    made: dict[str, Strategy] = {}
+    unused = set(options)
+    for name in strategy.split("+"):
+        if name not in SHAPERS:
+            raise ValueError(f"strategy must be one of {', '.join(SHAPERS)}. Got {name!r}")
+        make = SHAPERS[name]
+        if make is not None:
+            own = options.keys() & inspect.signature(make).parameters.keys()
+            made[name] = make(**{key: options[key] for key in own})
+            unused -= own
+    if unused:
+        raise ValueError(f"The strategy {strategy} has no option {', '.join(sorted(unused))}")
+    return made
