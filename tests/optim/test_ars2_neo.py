@@ -446,3 +446,16 @@ def assert_same(a, b) -> None:
             assert_same(x, y)
     else:
         assert a == b
+
+
+def test_an_expert_that_is_no_longer_chosen_stays_finite():
+    """Its moments fade until their squares are no numbers any more, its update before them."""
+    torch.manual_seed(0)
+    stack = nn.Parameter(torch.randn(2, 4, 6))
+    optimizer = ARS2Neo([stack], lr=1e-2, betas=(0.9, 0.95))
+    for step in range(1500):
+        stack.grad = torch.randn_like(stack)
+        if step > 10:
+            stack.grad[0] = 0
+        optimizer.step()
+    assert stack.isfinite().all()

@@ -62,3 +62,12 @@ def test_bad_arguments_are_named():
         orthogonalize(torch.ones(3))
     with pytest.raises(ValueError, match="'cubic'"):
         orthogonalize(torch.ones(3, 3), method="cubic")
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-18, 1e-22, 1e-30, 1e-42])
+def test_a_matrix_of_next_to_nothing_gives_nothing_wild(scale):
+    torch.manual_seed(0)
+    x = torch.stack([torch.randn(8, 12) * scale, torch.randn(8, 12)])
+    tiny, plain = orthogonalize(x)
+    assert tiny.isfinite().all() and tiny.norm() < 1.3 * 8**0.5
+    assert torch.equal(plain, orthogonalize(x[1]))

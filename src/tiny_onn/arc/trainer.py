@@ -117,10 +117,15 @@ class ARCTrainer:
         top_k = self.model.config.num_experts_per_tok
         return routing_statistics(self._router_logits, top_k, self._mask)
 
-    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        mask = batch.segment_ids >= 0
+    @property
+    def last_routes(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Raw router logits ``[N, E]`` of the last batch, one a site, in no graph, and its mask."""
+        return self._router_logits, self._mask
+
+    def forward(self, batch: Batch) -> Any:
+        """The model's outputs for a batch, router logits among them, in the trainer's precision."""
         with self._autocast():
-            outputs = self.model(
+            return self.model(
                 input_ids=batch.input_ids,
                 segment_ids=batch.segment_ids,
                 task_ids=batch.task_ids,
@@ -128,14 +133,20 @@ class ARCTrainer:
                 output_router_logits=True,
                 use_cache=False,
             )
+
+    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        mask = batch.segment_ids >= 0
+        outputs = self.forward(batch)
+        logits, shaping = outputs.router_logits, None
+        if self.shaper is not None and not self.shaper.needs_main_loss:
+            shaping = self.shaper.calculate_meta_loss(logits, self.optimizer, mask)
         predictions = shift(outputs.logits, batch.labels, batch.weights)
         main = arc_loss(predictions)
-        shaping = torch.zeros_like(main)
-        if self.shaper is not None:
-            shaping = self.shaper.calculate_meta_loss(
-                outputs.router_logits, self.optimizer, mask, main
-            )
-        self._router_logits = tuple(logits.detach() for logits in outputs.router_logits)
+        if self.shaper is not None and shaping is None:
+            shaping = self.shaper.calculate_meta_loss(logits, self.optimizer, mask, main)
+        if shaping is None:
+            shaping = torch.zeros_like(main)
+        self._router_logits = tuple(x_NE.detach() for x_NE in logits)
         self._mask = mask
         return main, shaping, token_accuracy(predictions)
 

@@ -51,6 +51,20 @@ def bench_model(
     show(measure(rounds=rounds, compiled=compiled), json)
 
 
+@bench.command("shaping")
+def bench_shaping(
+    rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each strategy.")] = 15,
+    threads: opt.Threads = None,
+    json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """What FARS adds to a training step, beside SARS and the balance loss."""
+    from tiny_onn.benchmarks.shaping import bench_shaping as measure
+
+    set_threads(threads)
+    show(measure(rounds=rounds), json)
+
+
 def set_threads(threads: int | None) -> None:
     """Compute with so many threads, or torch's choice."""
     import torch

@@ -68,6 +68,22 @@ def study_routing(
     show(found, out, json)
 
 
+@study.command("shaping")
+def study_shaping(
+    out: Out = Path("runs/study-shaping"),
+    seeds: Seeds = 3,
+    full: Full = False,
+    workers: Workers = None,
+    json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """What does shaping the routes do to learning, and to the routes?"""
+    from tiny_onn.studies.shaping import study as run
+
+    found = run(out, full=full, seeds=seeds, workers=cores(workers), observer=progress(json))
+    show(found, out, json)
+
+
 def cores(workers: int | None) -> int:
     """So many processes, or one for each core."""
     return workers or os.cpu_count() or 1

@@ -7,6 +7,7 @@ orthogonal factor of its polar decomposition, with matrix products alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -57,7 +58,8 @@ def orthogonalize(
             takes bfloat16 where that is faster.
 
     Returns:
-        ``[..., m, n]`` in the dtype of x. A zero matrix stays zero. What is computed for one
+        ``[..., m, n]`` in the dtype of x. A zero matrix stays zero, and one whose norm is next to
+        nothing (below 1e-16 in float32) counts as zero. What is computed for one
         matrix does not depend on the others of the batch.
 
     Raises:
@@ -71,7 +73,9 @@ def orthogonalize(
     batch = batch.to(_iteration_dtype(batch, dtype))
     norm = torch.linalg.vector_norm(batch, dim=(-2, -1), keepdim=True)
     # A little below 1, so that rounding can't push a singular value over the polynomials' range.
-    batch = batch / (norm * 1.01 + torch.finfo(torch.float32).tiny)
+    # Where the squares of the entries fall out of the dtype's range the norm is no norm any more.
+    least = 1e3 * math.sqrt(torch.finfo(batch.dtype).tiny)
+    batch = batch / torch.where(norm < least, torch.inf, norm * 1.01)
     done = torch.cat([rounds(piece) for piece in _pieces(batch)]) if len(batch) else batch
     done = done.to(x.dtype).view(wide.shape)
     return done if wide is x else done.mT

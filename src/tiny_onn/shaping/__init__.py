@@ -4,7 +4,7 @@ from tiny_onn.shaping.adapters import ShapedRouting, shape_routing
 from tiny_onn.shaping.balance import LoadBalanceShaper, SelectionBiasShaper, ZLossShaper
 from tiny_onn.shaping.expert_sites import ExpertSite, find_expert_sites
 from tiny_onn.shaping.fisher import FisherShaper, fisher_cost
-from tiny_onn.shaping.monitor import RoutingStatistics, routing_statistics
+from tiny_onn.shaping.monitor import RoutingMonitor, RoutingStatistics, routing_statistics
 from tiny_onn.shaping.shaper import SHAPERS, RoutingShaper
 from tiny_onn.shaping.sites import Routes, Site
 from tiny_onn.shaping.surprise import SurpriseShaper
@@ -16,6 +16,7 @@ __all__ = [
     "FisherShaper",
     "LoadBalanceShaper",
     "Routes",
+    "RoutingMonitor",
     "RoutingShaper",
     "RoutingShapingMixin",
     "RoutingStatistics",

@@ -85,6 +85,11 @@ class FisherShaper:
         self._optimizer: Optimizer | None = None
 
     @property
+    def needs_main_loss(self) -> bool:
+        """Whether the weight of the cost is still being adjusted."""
+        return self._updates_left > 0
+
+    @property
     def cost_alpha(self) -> float:
         """The weight of the cost as it is now."""
         return float(self._alpha)
@@ -99,7 +104,7 @@ class FisherShaper:
         costs = self.costs(routes.sites, routes.optimizer)
         if self.per_load:
             costs = self._per_load(routes, costs)
-        if self._updates_left:
+        if self.needs_main_loss:
             self._adjust(routes, costs)
         groups: dict[torch.Size, list[int]] = {}
         for i, logits_NE in enumerate(routes.logits):
@@ -107,9 +112,9 @@ class FisherShaper:
         terms = [
             len(group)
             * _PricedEntropy.apply(
-                torch.stack([routes.logits[i].float() for i in group]),
                 self._alpha * torch.stack([costs[i] for i in group]),
                 self.w_entropy,
+                *(routes.logits[i].float() for i in group),
             )
             for group in groups.values()
         ]
@@ -125,7 +130,8 @@ class FisherShaper:
         if self._watch.watch(optimizer):
             self._optimizer, self._updated, self._costs = optimizer, False, {}
         if any(site not in self._costs for site in sites):
-            self._read(sites)
+            self._costs = dict.fromkeys(sites, torch.empty(0))
+            self.refresh()
         return [self._costs[site] for site in sites]
 
     def _changed(self, updated: bool) -> None:
@@ -134,10 +140,13 @@ class FisherShaper:
             self._updates_left -= 1
             if not self._updates_left:
                 self._alpha = float(self._alpha)
-        self._read(list(self._costs))
+        self.refresh()
 
-    def _read(self, sites: Sequence[Site]) -> None:
-        assert self._optimizer is not None
+    def refresh(self) -> None:
+        """Read the costs anew, as is done after each update."""
+        if self._optimizer is None:
+            return
+        sites = list(self._costs)
         moments = {
             site: second_moments(site, self._optimizer, updated=self._updated) for site in sites
         }
@@ -203,26 +212,26 @@ class FisherShaper:
 class _PricedEntropy(torch.autograd.Function):
     """``mean(sum_e p_e (price_e - w log p_e))`` of ``p = softmax(logits)``, over sites and tokens.
 
-    Nothing is kept for the gradient but the logits, which are there anyway.
+    Nothing is kept for the gradient but the logits of each site, which are there anyway.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits_SNE: Tensor, price_SE: Tensor, w_entropy: float) -> Tensor:
-        ctx.save_for_backward(logits_SNE, price_SE)
+    def forward(ctx: Any, price_SE: Tensor, w_entropy: float, *logits: Tensor) -> Tensor:
+        ctx.save_for_backward(price_SE, *logits)
         ctx.w_entropy = w_entropy
-        log_p = logits_SNE.log_softmax(-1)
+        log_p = torch.stack(logits).log_softmax(-1)
         p = log_p.exp()
         negentropy = torch.dot(p.flatten(), log_p.flatten())
         paid = (p.sum(1) * price_SE).sum()
-        return (paid - w_entropy * negentropy) / logits_SNE[..., 0].numel()
+        return (paid - w_entropy * negentropy) / log_p[..., 0].numel()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        logits_SNE, price_SE = ctx.saved_tensors
-        log_p = logits_SNE.log_softmax(-1)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        price_SE, *logits = ctx.saved_tensors
+        log_p = torch.stack(logits).log_softmax(-1)
         p = log_p.exp()
-        # The gradient is that of sum_e p_e q_e with q held fixed: what the softmax does to q.
+        # As that of sum_e p_e q_e with q held fixed: of w sum_e p_e log p_e only p's share is left.
         q = torch.sub(price_SE[:, None], log_p, alpha=ctx.w_entropy)
         grad_logits = torch._softmax_backward_data(q, p, -1, p.dtype)
-        return grad_logits.mul_(grad / logits_SNE[..., 0].numel()), None, None
+        return None, None, *grad_logits.mul_(grad / log_p[..., 0].numel()).unbind()

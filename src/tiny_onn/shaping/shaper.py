@@ -75,6 +75,13 @@ class RoutingShaper:
             if hasattr(each, "attach"):
                 each.attach(model, self.sites)
 
+    @property
+    def needs_main_loss(self) -> bool:
+        """Whether a strategy needs the main loss now. Where none does, take the routing loss before
+        the main one: gradients are computed in the reverse order, and those of the logits then come
+        after the widest of the main loss's, which lowers the peak of memory."""
+        return any(getattr(s, "needs_main_loss", False) for s in self.strategies.values())
+
     def calculate_meta_loss(
         self,
         routing: Sequence[Tensor],

@@ -46,6 +46,8 @@ class SurpriseShaper:
     experts of ours, each called once a forward, without gradient checkpointing.
     """
 
+    needs_main_loss = True
+
     def __init__(self) -> None:
         self._calls: dict[Site, tuple[Dispatch, list[Product]]] = {}
 

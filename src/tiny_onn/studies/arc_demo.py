@@ -56,17 +56,23 @@ def train_and_score(
     part: str,
     *,
     seed: int,
-    minutes: float,
+    minutes: float | None = None,
+    steps: int | None = None,
     full: bool = False,
     shaping: ShapingRecipe | None = None,
     optimizer: Callable[[TinyOnnForCausalLM], Optimizer] | None = None,
+    on_step: Callable[[TrainingRun], object] | None = None,
+    answers: bool = True,
 ) -> tuple[TrainingRun, dict[str, Any]]:
     """Train on the demonstrations of a set of tasks, then answer their tests.
 
     Args:
         part: "tune" or "report".
         minutes: training time, by the study's clock.
+        steps: optimizer steps; what runs out first ends the training.
         shaping, optimizer: the recipe's own by default.
+        on_step: called after each step, off the clock.
+        answers: whether to answer the tests; without, there is no ``solved`` and ``solved_at_1``.
 
     Returns:
         The run, and ``solved, solved_at_1, tasks, held_out_loss, steps, tokens, seconds,
@@ -76,25 +82,26 @@ def train_and_score(
     recipe = Recipe(
         seed=seed,
         shaping=shaping or ShapingRecipe(),
-        schedule=ScheduleConfig(minutes=minutes),
+        schedule=ScheduleConfig(minutes=minutes, steps=steps),
     )
     run = TrainingRun(list(tasks), recipe, optimizer=optimizer, clock=clock())
     for _ in run.train():
-        pass
-    candidates = answer(run, list(tasks))
-    found = score(
-        {k: [attempts(c) for c in tests] for k, tests in candidates.items()}, tasks.answers
-    )
-    return run, {
-        "solved": found.solved,
-        "solved_at_1": found.solved_at_1,
-        "tasks": found.tasks,
+        if on_step is not None:
+            on_step(run)
+    figures = {
+        "tasks": len(tasks),
         "held_out_loss": held_out_loss(run.model, tasks),
         "steps": run.step,
         "tokens": run.tokens,
         "seconds": run.seconds,
         "passes": run.passes,
     }
+    if answers:
+        candidates = answer(run, list(tasks))
+        given = {k: [attempts(c) for c in tests] for k, tests in candidates.items()}
+        found = score(given, tasks.answers)
+        figures |= {"solved": found.solved, "solved_at_1": found.solved_at_1}
+    return run, figures
 
 
 def held_out_loss(model: TinyOnnForCausalLM, tasks: TaskSet) -> float:

@@ -84,3 +84,15 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def text_of(figure: Mapping[str, float], form: str = ".3g") -> str:
     """``mean ± std``."""
     return f"{figure['mean']:{form}} ± {figure['std']:{form}}"
+
+
+def better(a: Sequence[float], b: Sequence[float]) -> tuple[bool | None, str]:
+    """Whether the values ``a`` are larger than ``b``: by more than two standard errors of the
+    difference of their means; None if it lies within them."""
+    one, two = spread(a), spread(b)
+    error = math.sqrt(one["std"] ** 2 / len(a) + two["std"] ** 2 / len(b))
+    gap = one["mean"] - two["mean"]
+    text = f"{text_of(one)} against {text_of(two)}"
+    if not math.isfinite(gap) or abs(gap) <= 2 * error:
+        return None, text
+    return gap > 0, text

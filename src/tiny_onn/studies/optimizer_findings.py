@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-from tiny_onn.studies.findings import Findings, Row, Verdict, spread, text_of
+from tiny_onn.studies.findings import Findings, Row, Verdict, better, spread, text_of
 from tiny_onn.studies.optimizers import ARMS, LONGEST
 from tiny_onn.studies.runs import Figures
 
@@ -71,18 +70,6 @@ def _row(arm: str, tuned: dict[str, float], averages: dict[str, Any]) -> Row:
     return (
         {"optimizer": arm, "lr": f"{tuned['lr']:g}", "rho": f"{tuned['rho']:g}"} | counts | figures
     )
-
-
-def better(a: Sequence[float], b: Sequence[float]) -> tuple[bool | None, str]:
-    """Whether the values ``a`` are larger than ``b``: by more than two standard errors of the
-    difference of their means; None if it lies within them."""
-    one, two = spread(a), spread(b)
-    error = math.sqrt(one["std"] ** 2 / len(a) + two["std"] ** 2 / len(b))
-    gap = one["mean"] - two["mean"]
-    text = f"{text_of(one)} against {text_of(two)}"
-    if not math.isfinite(gap) or abs(gap) <= 2 * error:
-        return None, text
-    return gap > 0, text
 
 
 def _verdicts(name: str, reports: dict[str, Runs]) -> list[Verdict]:
