@@ -36,7 +36,8 @@ def fisher_cost(second_moments: Iterable[Tensor], samples: int | None = None) ->
 
 
 def _relative(cost_E: Tensor) -> Tensor:
-    mean = cost_E.mean()
+    """Costs ``[..., E]`` over their mean."""
+    mean = cost_E.mean(-1, keepdim=True)
     return torch.where(mean > 0, cost_E / mean.clamp_min(torch.finfo(torch.float32).tiny), 1.0)
 
 
@@ -53,8 +54,8 @@ class FisherShaper:
             given share of the main loss on average over the first updates, then frozen.
         share: that share.
         auto_updates: how many updates those are.
-        samples: about how many entries of each expert's second moment are read; None reads all. A
-            few thousand give the mean to about one per cent (docs/log.md).
+        samples: about how many entries of each expert's second moment are read, evenly spread; None
+            reads all. 2048 give the cost to about one per cent (docs/log.md).
         per_load: divide each cost by the expert's share of the routes, a running mean over about
             100 forwards: for the study of how cost and load hang together.
     """
@@ -66,7 +67,7 @@ class FisherShaper:
         *,
         share: float = 0.02,
         auto_updates: int = 100,
-        samples: int | None = 4096,
+        samples: int | None = 2048,
         per_load: bool = False,
     ) -> None:
         if isinstance(cost_alpha, str) and cost_alpha != "auto":
@@ -146,17 +147,20 @@ class FisherShaper:
         """Read the costs anew, as is done after each update."""
         if self._optimizer is None:
             return
-        sites = list(self._costs)
         moments = {
-            site: second_moments(site, self._optimizer, updated=self._updated) for site in sites
+            site: second_moments(site, self._optimizer, updated=self._updated)
+            for site in self._costs
         }
         known = {site: found for site, found in moments.items() if found is not None}
         roots = mean_roots(list(known.values()), self.samples)
-        self._costs = {
+        if len({len(root_E) for root_E in roots}) == 1:
+            costs = list(_relative(torch.stack(roots)).unbind())
+        else:
+            costs = [_relative(root_E) for root_E in roots]
+        self._costs = dict(zip(known, costs, strict=True)) | {
             site: torch.ones(site.num_experts, device=next(site.experts.parameters()).device)
-            for site in sites
+            for site in moments.keys() - known.keys()
         }
-        self._costs |= {site: _relative(c_E) for site, c_E in zip(known, roots, strict=True)}
 
     @torch.no_grad()
     def _per_load(self, routes: Routes, costs: list[Tensor]) -> list[Tensor]:
@@ -229,9 +233,10 @@ class _PricedEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         price_SE, *logits = ctx.saved_tensors
-        log_p = torch.stack(logits).log_softmax(-1)
-        p = log_p.exp()
-        # As that of sum_e p_e q_e with q held fixed: of w sum_e p_e log p_e only p's share is left.
-        q = torch.sub(price_SE[:, None], log_p, alpha=ctx.w_entropy)
+        stacked = torch.stack(logits)
+        p = stacked.softmax(-1)
+        # As that of sum_e p_e q_e with q held fixed: of w sum_e p_e log p_e only p's share is left,
+        # and of log p the logits, as what is the same for all experts makes no difference.
+        q = torch.sub(price_SE[:, None], stacked, alpha=ctx.w_entropy)
         grad_logits = torch._softmax_backward_data(q, p, -1, p.dtype)
-        return None, None, *grad_logits.mul_(grad / log_p[..., 0].numel()).unbind()
+        return None, None, *grad_logits.mul_(grad / p[..., 0].numel()).unbind()

@@ -14,9 +14,6 @@ from torch.optim import Optimizer
 
 from tiny_onn.shaping.sites import Site
 
-LINE = 16
-"""Entries that are read together: a cache line of float32."""
-
 
 def second_moments(
     site: Site, optimizer: Optimizer, *, updated: bool = False
@@ -59,41 +56,38 @@ def mean_roots(moments: Sequence[Sequence[Tensor]], samples: int | None) -> list
 
     Args:
         moments: ``v`` of the expert parameters ``[E, ...]`` of each site.
-        samples: about how many entries of each expert are read, None for all. They are whole cache
-            lines at equal distances, over all of an expert's parameters alike.
+        samples: about how many entries of each expert are read, at equal distances over all of its
+            parameters alike; None for all.
     """
-    views = [_views(site, samples) for site in moments]
-    shapes = [[tuple(view.shape) for view in site] for site in views]
-    if not views or any(shape != shapes[0] for shape in shapes) or _is_sharded(views[0][0]):
-        return [_mean_roots(site) for site in views]
+    read = [_entries(site, samples) for site in moments]
+    shapes = [[tuple(v.shape) for v in site] for site in read]
+    if not read or any(shape != shapes[0] for shape in shapes) or _is_sharded(read[0][0]):
+        return [_mean_root(site) for site in read]
     # Sites of the same form are read in one go.
-    lines = torch.cat([view for site in views for view in site], dim=1).float()
-    means_ES = lines.sqrt_().flatten(1).unflatten(1, (len(views), -1)).mean(-1)
+    entries = torch.cat([v for site in read for v in site], dim=1).float()
+    means_ES = entries.sqrt_().unflatten(1, (len(read), -1)).mean(-1)
     return list(means_ES.unbind(1))
 
 
-def _mean_roots(views: Sequence[Tensor]) -> Tensor:
-    total_E = sum(view.float().sqrt().flatten(1).sum(-1) for view in views)
+def _entries(moments: Sequence[Tensor], samples: int | None) -> list[Tensor]:
+    """The entries to read of each parameter, ``[E, n]``.
+
+    Their distance is odd: rows mostly have a power of two of entries, and an even distance would
+    meet the same columns again and again.
+    """
+    most = sum(v[0].numel() for v in moments)
+    if samples is None or most <= samples or _is_sharded(moments[0]):
+        return [v.flatten(1) for v in moments]
+    return [v.flatten(1)[:, :: (most // samples) | 1] for v in moments]
+
+
+def _mean_root(entries: Sequence[Tensor]) -> Tensor:
+    total_E = sum(v.float().sqrt().sum(-1) for v in entries)
     assert isinstance(total_E, Tensor), "a site has at least one parameter"
     # Experts in several processes: each sums its own, and all are told.
     if _is_sharded(total_E):
         total_E = total_E.full_tensor()  # type: ignore[attr-defined]
-    return total_E / sum(view[0].numel() for view in views)
-
-
-def _views(moments: Sequence[Tensor], samples: int | None) -> list[Tensor]:
-    """The entries to read of each parameter, ``[E, lines, LINE]``, or all of them, ``[E, n, 1]``.
-
-    The distance between lines is odd: rows mostly have a power of two of them, and an even distance
-    would meet the same columns again and again.
-    """
-    entries = sum(v[0].numel() for v in moments)
-    whole = samples is None or entries <= samples or _is_sharded(moments[0])
-    if whole or any(v[0].numel() % LINE for v in moments):
-        return [v.flatten(1).unsqueeze(-1) for v in moments]
-    assert samples is not None
-    distance = (entries // samples) | 1
-    return [v.flatten(1).unflatten(1, (-1, LINE))[:, ::distance] for v in moments]
+    return total_E / sum(v.shape[1] for v in entries)
 
 
 def _is_sharded(v: Tensor) -> bool:
