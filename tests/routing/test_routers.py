@@ -130,7 +130,8 @@ def test_capr_gates_silence_an_expert() -> None:
 
 def test_the_hidden_width_of_the_mlp_router() -> None:
     assert MLPRouter(64, 4).up_proj.shape == (16, 64)
-    assert MLPRouter(16, 8).up_proj.shape == (8, 16)
+    assert MLPRouter(16, 8).up_proj.shape == (16, 16)
+    assert MLPRouter(16, 64).up_proj.shape == (64, 16)
     assert MLPRouter(16, 8, router_hidden_size=3).down_proj.shape == (8, 3)
 
 

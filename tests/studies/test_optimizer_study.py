@@ -9,7 +9,7 @@ from torch import nn
 from tiny_onn.arc import load_tasks
 from tiny_onn.studies import grokking, mnist1d
 from tiny_onn.studies import optimizer as study
-from tiny_onn.studies.optimizer_findings import better
+from tiny_onn.studies.findings import better
 from tiny_onn.studies.optimizers import ARMS, TWO_PASS, StackedMuon, build, coin
 
 

@@ -138,14 +138,14 @@ class MLPRouter(Router):
 
     Args:
         router_hidden_size: width of the hidden layer; the default is a quarter of the hidden
-            size and at least E, so that the router stays a small part of the layer.
+            size, or, up to 64, twice the experts: a small part of the layer.
     """
 
     def __init__(
         self, hidden_size: int, num_experts: int, router_hidden_size: int | None = None
     ) -> None:
         super().__init__(hidden_size, num_experts)
-        width = router_hidden_size or max(hidden_size // 4, num_experts)
+        width = router_hidden_size or max(hidden_size // 4, min(2 * num_experts, 64))
         self.up_proj = nn.Parameter(torch.empty(width, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, width))
         self.reset_parameters()
