@@ -40,6 +40,25 @@ CHARTS = (
         percent=True,
     ),
     Chart(
+        "Busy and idle experts",
+        "share of the routes, share of the experts",
+        {"top_share": "busiest", "dead_experts": "idle"},
+        percent=True,
+        zero=True,
+    ),
+    Chart(
+        "Distance of routes",
+        "Jensen-Shannon distance, 0 to 1",
+        {"jitter": "jitter", "consistency": "within a task"},
+        zero=True,
+    ),
+    Chart(
+        "What a route tells of the task",
+        "mutual information, bits",
+        {"mutual_information": "expert and task"},
+        zero=True,
+    ),
+    Chart(
         "Routing shaping",
         "shaping loss over main loss",
         {"shaping_share": "share"},

@@ -3,8 +3,9 @@
 Required are `tasks.json` (Kaggle challenges) and `submission.json`. Read where they are there:
 `answers.json` (Kaggle solutions), `splits.json` (`{id: "training" | "evaluation"}`),
 `votes.json` (`{id: [[{"grid", "votes"}, ...] per test input]}`, best first; a `share` of all votes
-and a `log_prob` in nats are shown, too), `metrics.jsonl`, `result.json`, `config.toml`. Where
-`result.json` says how many `views` voted, the votes' shares follow from it.
+and a `log_prob` in nats are shown, too), `metrics.jsonl`, `routing.json` (see `arc/routes.py`),
+`result.json`, `config.toml`. Where `result.json` says how many `views` voted, the votes' shares
+follow from it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from tiny_onn.arc.grids import Grid
 from tiny_onn.arc.metrics import read_metrics
 from tiny_onn.arc.parsing import TaskError, parse_grid, read_json, show
 from tiny_onn.arc.report_view import Vote, Votes, header, task_view
+from tiny_onn.arc.route_view import RouteView, read_routes
 from tiny_onn.arc.scoring import score
 from tiny_onn.arc.submission import NO_ATTEMPT, read_submission
 from tiny_onn.arc.tasks import TaskSet, load_tasks
@@ -40,6 +42,7 @@ class RunFiles:
     splits: dict[str, str]
     votes: Votes
     metrics: list[dict[str, Any]]
+    routes: RouteView | None
     result: dict[str, Any]
     config: str
 
@@ -82,6 +85,7 @@ def read_run(run: Path) -> RunFiles:
         splits={key: str(value) for key, value in _read_object(run / "splits.json").items()},
         votes=_read_votes(run / "votes.json", tasks, result.get("views")),
         metrics=read_metrics(run / "metrics.jsonl"),
+        routes=read_routes(run / "routing.json"),
         result=result,
         config=config.read_text(encoding="utf-8") if config.is_file() else "",
     )
@@ -111,6 +115,7 @@ def render(run: RunFiles) -> str:
         header=header(score(run.attempts, run.tasks.answers), tasks, run.result),
         tasks=tasks,
         charts=[Markup(svg) for chart in CHARTS if (svg := history_svg(run.metrics, chart))],
+        routes=run.routes,
         config=run.config,
     )
 

@@ -69,7 +69,8 @@ def solve(
     Args:
         tasks: their test pairs hold no outputs, so nothing here can reach an answer.
         recipe: all settings; its ``data`` section is not read.
-        out: folder for ``metrics.jsonl`` and ``checkpoint/``; None writes nothing.
+        out: folder for ``metrics.jsonl``, ``routing.json`` and ``checkpoint/``; None writes
+            nothing.
         resume: go on from the newest checkpoint in ``out``, if there is one.
         device: where to compute.
         on_start: called once before the first step, after a checkpoint was found to fit.
@@ -87,11 +88,14 @@ def solve(
     _train(run, out, resume, on_start, on_step, stop)
     start = time.perf_counter()
     candidates = answer(run, tasks, on_decode)
+    decode_seconds = time.perf_counter() - start
+    if out is not None:
+        run.routes.write(out / "routing.json", tasks, candidates)
     return Solution(
         attempts={key: [attempts(c) for c in tests] for key, tests in candidates.items()},
         candidates=candidates,
         train_seconds=run.seconds,
-        decode_seconds=time.perf_counter() - start,
+        decode_seconds=decode_seconds,
         steps=run.step,
         tokens=run.tokens,
         padding=1 - run.tokens / run.computed_tokens if run.computed_tokens else 0.0,

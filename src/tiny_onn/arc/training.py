@@ -17,14 +17,11 @@ from tiny_onn.arc.batches import DemonstrationStream
 from tiny_onn.arc.checkpoints import Checkpoints
 from tiny_onn.arc.metrics import Metrics
 from tiny_onn.arc.recipe import Recipe, set_learning_rates
+from tiny_onn.arc.routes import RouteLog
 from tiny_onn.arc.schedule import Schedule
 from tiny_onn.arc.tasks import Task
 from tiny_onn.arc.trainer import ARCTrainer, StepResult
 from tiny_onn.models import TinyOnnForCausalLM
-
-ROUTES_EVERY = 10
-"""Steps between two looks at the routes, which cost a few milliseconds."""
-
 
 _COUNTERS = ("seconds", "tokens", "computed_tokens", "passes", "bad_steps")
 
@@ -46,7 +43,7 @@ class TrainingRun:
     Attributes:
         model: the model; metrics: the last step's figures.
         seconds: training time so far; tokens: tokens trained on so far, without padding;
-        computed_tokens: the same with padding.
+        computed_tokens: the same with padding; routes: what is logged of the routes.
     """
 
     def __init__(
@@ -77,6 +74,7 @@ class TrainingRun:
             clip=recipe.training.clip,
             precision=recipe.training.precision,
         )
+        self.routes = RouteLog(self.trainer, self.shaper, self.stream, len(tasks))
         self.schedule = Schedule(recipe.schedule)
         self.seconds = 0.0
         self.tokens = 0
@@ -131,6 +129,8 @@ class TrainingRun:
         self.stream.load_state_dict(state["stream"])
         self.schedule.load_state_dict(state["schedule"])
         self.shaper.load_state_dict(state["shaping"])
+        if "routes" in state:  # A checkpoint from before there was a log of them has none.
+            self.routes.load_state_dict(state["routes"])
         for name in _COUNTERS:
             setattr(self, name, state[name])
 
@@ -141,6 +141,7 @@ class TrainingRun:
             "stream": self.stream.state_dict(),
             "schedule": self.schedule.state_dict(),
             "shaping": self.shaper.state_dict(),
+            "routes": self.routes.state_dict(),
             **{name: getattr(self, name) for name in _COUNTERS},
         }
 
@@ -174,8 +175,8 @@ class TrainingRun:
         if result.skipped:
             metrics |= {"skipped": True, "loss": None, "shaping": None, "shaping_share": None}
             metrics["grad_norm"] = None
-        elif self.step % ROUTES_EVERY == 1:
-            metrics |= self.trainer.routing()._asdict()
+        else:
+            metrics |= self.routes.look(batch)
         return metrics
 
     def _count_bad(self, result: StepResult) -> None:
