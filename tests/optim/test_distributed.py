@@ -1,11 +1,11 @@
 """ARS2-Neo in two processes: the same result as in one."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from two_ranks import figures_of, run_two
 
 MODES = ("off", "sync", "delayed", "adaptive")
 
@@ -17,30 +17,8 @@ TOLERANCE = 2e-5
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """The figures of both processes."""
-    folder = tmp_path_factory.mktemp("two")
     script = Path(__file__).with_name("two_processes.py")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(folder)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        outputs = [process.communicate(timeout=200)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
-
-
-def figures_of(ranks, check):
-    for rank in ranks:
-        assert "error" not in rank[check], rank[check]["error"]
-    return [rank[check] for rank in ranks]
+    return run_two(script, tmp_path_factory.mktemp("two"))
 
 
 @pytest.mark.parametrize("mode", MODES)

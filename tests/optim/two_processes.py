@@ -5,7 +5,6 @@ Run as ``python two_processes.py RANK FOLDER``; the figures of all checks go to 
 
 import copy
 import sys
-import traceback
 from pathlib import Path
 
 import torch
@@ -24,6 +23,9 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from tiny_onn.optim import ARS2Neo, param_groups
+
+sys.path.append(str(Path(__file__).parents[1]))
+from two_ranks import save_figures
 
 STEPS = 12
 
@@ -190,31 +192,21 @@ def tensor_parallel(rank):
     return {"errors": found}
 
 
-def main():
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2
-    )
-    checks = {
-        "tensor_parallel": lambda: tensor_parallel(rank),
-        "checkpoint": lambda: checkpoint(rank, folder),
-        "fsdp-tensor": lambda: fsdp_tensor_scope(rank),
+def checks():
+    found = {
+        "tensor_parallel": lambda rank, folder: tensor_parallel(rank),
+        "checkpoint": checkpoint,
+        "fsdp-tensor": lambda rank, folder: fsdp_tensor_scope(rank),
     }
     for mode in ("off", "sync", "delayed", "adaptive"):
-        checks[f"fsdp-{mode}"] = lambda mode=mode: fsdp(rank, mode)
-        for shared in (False, True):
-            name = f"ddp-{mode}-{'shared' if shared else 'each'}"
-            checks[name] = lambda mode=mode, shared=shared: ddp(rank, mode, shared)
-    figures = {}
-    for name, check in checks.items():
-        try:
-            figures[name] = check()
-        except Exception:
-            figures[name] = {"error": traceback.format_exc()}
-    torch.save(figures, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+        found[f"fsdp-{mode}"] = lambda rank, folder, mode=mode: fsdp(rank, mode)
+        for work in ("each", "shared"):
+            shared = work == "shared"
+            found[f"ddp-{mode}-{work}"] = lambda rank, folder, mode=mode, shared=shared: ddp(
+                rank, mode, shared
+            )
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    save_figures(checks())

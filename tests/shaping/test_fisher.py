@@ -329,6 +329,7 @@ def test_auto_makes_the_cost_a_share_of_the_main_loss_and_then_freezes_it() -> N
         assert loss.item() == pytest.approx(0.05 * 2.0, rel=0.05)
         step(model, optimizer)
     kept = shaper.state_dict()["fars"]
+    assert shaper.diagnostics == {"cost_alpha": kept["cost_alpha"]}
     assert kept["updates_left"] == 0
     shaper.calculate_meta_loss(routing, optimizer, main_loss=100 * main)
     assert shaper.state_dict()["fars"] == kept

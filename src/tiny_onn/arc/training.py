@@ -171,6 +171,7 @@ class TrainingRun:
             "grad_norm": result.grad_norm,
             "lr": self.recipe.optimizer.lr * factor,
             "sync_rate": round(self.passes / self.step - 1, 4),
+            **self.shaper.diagnostics,
         }
         if result.skipped:
             metrics |= {"skipped": True, "loss": None, "shaping": None, "shaping_share": None}

@@ -95,6 +95,11 @@ class FisherShaper:
         """The weight of the cost as it is now."""
         return float(self._alpha)
 
+    @property
+    def diagnostics(self) -> dict[str, float]:
+        """``cost_alpha``, where it is or was adjusted."""
+        return {"cost_alpha": self.cost_alpha} if self._forwards else {}
+
     def loss(self, routes: Routes) -> Tensor:
         """The mean of the term over sites; a scalar whose gradient reaches the routers.
 

@@ -122,6 +122,14 @@ class RoutingShaper:
         ]
         return self.w_meta * sum(terms, nothing)
 
+    @property
+    def diagnostics(self) -> dict[str, float]:
+        """What the strategies have to say of themselves at this moment, for a log."""
+        found: dict[str, float] = {}
+        for strategy in self.strategies.values():
+            found |= getattr(strategy, "diagnostics", {})
+        return found
+
     def state_dict(self) -> dict[str, Any]:
         """What the strategies remember from one update to the next, numbers only."""
         states = {
