@@ -11,7 +11,7 @@ from tiny_onn.arc.batches import BatchConfig
 from tiny_onn.arc.checkpoints import Checkpoints
 from tiny_onn.arc.decode import DecodeConfig
 from tiny_onn.arc.metrics import read_metrics
-from tiny_onn.arc.recipe import ModelRecipe, OptimizerRecipe, Recipe, TrainingRecipe
+from tiny_onn.arc.recipe import ModelRecipe, OptimizerRecipe, Recipe, ShapingRecipe, TrainingRecipe
 from tiny_onn.arc.schedule import ScheduleConfig
 from tiny_onn.arc.solving import StoppedError, solve
 from tiny_onn.arc.tasks import challenges_json, solutions_json
@@ -90,10 +90,18 @@ def test_the_same_seed_gives_the_same_losses_and_another_does_not(tasks):
     assert len(runs[0]) == 6
 
 
-@pytest.mark.parametrize("sam", ["off", "adaptive"])
-def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tasks, tmp_path, sam):
+@pytest.mark.parametrize(
+    ("sam", "shaping"),
+    [
+        ("off", ShapingRecipe()),
+        ("adaptive", ShapingRecipe(cost_alpha="auto", per_load=True)),
+        ("off", ShapingRecipe(strategy="balance+bias")),
+    ],
+)
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tasks, tmp_path, sam, shaping):
     recipe = replace(
         TINY,
+        shaping=shaping,
         model=replace(TINY.model, hidden_dropout=0.1),
         optimizer=OptimizerRecipe(sam=sam, sync_every=2),
     )
