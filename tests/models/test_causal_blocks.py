@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from tiny_onn.models import causal_blocks
-from tiny_onn.models.attention import eager_attention_forward, sdpa_attention_forward
+from tiny_onn.models.attention import (
+    eager_attention_forward,
+    packed_causal_mask,
+    sdpa_attention_forward,
+)
 from tiny_onn.models.causal_blocks import attention_in_blocks, blocks_pay
 
 
@@ -36,6 +40,24 @@ def test_blocks_equal_plain_attention_forward_and_backward(small_blocks, groups,
     for got, expected in zip(
         torch.autograd.grad((ours * weights).sum(), leaves),
         torch.autograd.grad((theirs * weights).sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_mask_hides_more(small_blocks):
+    leaves = inputs(dtype=torch.float32)
+    segments = torch.tensor([[0] * 3 + [1] * 6 + [-1] * 2, [0] * 11])
+    found = sdpa_attention_forward(
+        torch.nn.Module(), *leaves, packed_causal_mask(segments, False), scaling=0.3
+    )[0]
+    additive = packed_causal_mask(segments, True)
+    theirs = eager_attention_forward(torch.nn.Module().eval(), *leaves, additive, scaling=0.3)[0]
+    torch.testing.assert_close(found, theirs)
+    assert not torch.allclose(found[0], attention_in_blocks(*leaves, 0.3)[0])
+    for got, expected in zip(
+        torch.autograd.grad(found.square().sum(), leaves),
+        torch.autograd.grad(theirs.square().sum(), leaves),
         strict=True,
     ):
         torch.testing.assert_close(got, expected)

@@ -75,11 +75,11 @@ def test_router_logits_are_raw_and_stand_in_the_order_of_the_sites(
     model = make_model()
     sites = [site.name for site in find_sites(model)]
     assert sites == [
-        f"model.layers.{i}.{part}" for i in (0, 1) for part in ("self_attn.heads", "mlp")
+        f"model.layers.{i}.{part}.experts" for i in (0, 1) for part in ("self_attn.heads", "mlp")
     ]
     seen: dict[str, Tensor] = {}
     for name in sites:
-        model.get_submodule(f"{name}.router").register_forward_hook(
+        model.get_submodule(name.replace("experts", "router")).register_forward_hook(
             lambda module, args, output, name=name: seen.__setitem__(name, output)
         )
     output = model(make_tokens(2, 11), output_router_logits=True)
@@ -116,7 +116,7 @@ def test_the_shaper_shapes_the_models_routers(
     optimizer = torch.optim.AdamW(model.parameters())
     shaper.calculate_meta_loss(output.router_logits, optimizer).backward()
     for site in find_sites(model):
-        for name, p in model.get_submodule(f"{site.name}.router").named_parameters():
+        for name, p in model.get_submodule(site.name.replace("experts", "router")).named_parameters():
             assert p.grad is not None and p.grad.any(), (site.name, name)
 
 

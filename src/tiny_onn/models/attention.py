@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tiny_onn.models.causal_blocks import attention_in_blocks, blocks_pay
+from tiny_onn.models.causal_blocks import CausalMask, attention_in_blocks, blocks_pay
 from tiny_onn.models.configuration_tiny_onn import TinyOnnConfig
 from tiny_onn.models.positions import rotate
 from tiny_onn.routing import ROUTERS, MixtureOfExperts, RoutedHeads
@@ -55,7 +55,7 @@ class TinyOnnAttention(nn.Module):
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None,
+        attention_mask: Tensor | CausalMask | None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -157,7 +157,7 @@ def sdpa_attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | CausalMask | None,
     scaling: float,
     dropout: float = 0.0,
     **kwargs: Any,
@@ -165,25 +165,28 @@ def sdpa_attention_forward(
     """torch's ``scaled_dot_product_attention``, or causal blocks where these are the quicker; sizes
     as in :func:`eager_attention_forward`."""
     if blocks_pay(query, key, attention_mask, dropout):
-        return attention_in_blocks(query, key, value, scaling), None
+        assert not isinstance(attention_mask, Tensor)
+        return attention_in_blocks(query, key, value, scaling, attention_mask), None
+    if isinstance(attention_mask, CausalMask):
+        attention_mask = attention_mask.allowed
     mixed, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
         module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
     )
     return mixed, None
 
 
-def packed_causal_mask(segment_ids_BT: Tensor, additive: bool) -> Tensor:
+def packed_causal_mask(segment_ids_BT: Tensor, additive: bool) -> Tensor | CausalMask:
     """The mask ``[B, 1, T, T]`` of packed rows: causal, and within a segment only.
 
-    Bool (True attends), or additive in float32. Plain tensor operations take a tenth of the time
-    of the library's mask functions, which is that of a layer.
+    Additive in float32 for plain products, or for :func:`sdpa_attention_forward`. Plain tensor
+    operations take a tenth of the time of the library's mask functions, which is that of a layer.
     """
     length = segment_ids_BT.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=segment_ids_BT.device).tril()
     mask = (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]) & causal
     if additive:
-        mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
-    return mask[:, None]
+        return torch.where(mask, 0.0, torch.finfo(torch.float32).min)[:, None]
+    return CausalMask(mask[:, None])
 
 
 def same_segment(segment_ids_BT: Tensor) -> Callable[..., Tensor]:

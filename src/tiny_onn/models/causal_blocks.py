@@ -8,7 +8,7 @@ Q queries of a block, S keys up to the block's end.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,15 @@ MOST_TOKENS = 2048
 """All weights are kept for the backward pass, half a square of the tokens for every head."""
 
 
-def blocks_pay(query: Tensor, key: Tensor, attention_mask: Tensor | None, dropout: float) -> bool:
+class CausalMask(NamedTuple):
+    """A mask ``[B, 1, T, T]``, True where a query attends, that is known to be causal."""
+
+    allowed: Tensor
+
+
+def blocks_pay(
+    query: Tensor, key: Tensor, attention_mask: Tensor | CausalMask | None, dropout: float
+) -> bool:
     """Whether :func:`attention_in_blocks` computes this and is the quickest known way to.
 
     Measured on two cores, forward and backward of 4 rows of 512 tokens, 8 heads of 32: 27 ms in
@@ -28,7 +36,7 @@ def blocks_pay(query: Tensor, key: Tensor, attention_mask: Tensor | None, dropou
     """
     length = query.shape[2]
     return (
-        attention_mask is None
+        not isinstance(attention_mask, Tensor)
         and not dropout
         and query.device.type == "cpu"
         and query.requires_grad
@@ -38,16 +46,24 @@ def blocks_pay(query: Tensor, key: Tensor, attention_mask: Tensor | None, dropou
     )
 
 
-def attention_in_blocks(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+def attention_in_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    mask: CausalMask | None = None,
+) -> Tensor:
     """Causal attention of whole sequences.
 
     Args:
         query: ``[B, H, T, C]``; key and value: ``[B, G, T, C]``.
+        mask: what else a query doesn't see; every query sees at least itself.
 
     Returns:
         The mixed values ``[B, T, H, C]``.
     """
-    return _AttentionInBlocks.apply(query, key, value, scaling)
+    hidden = None if mask is None else mask.allowed.logical_not()
+    return _AttentionInBlocks.apply(query, key, value, scaling, hidden)
 
 
 class _AttentionInBlocks(torch.autograd.Function):
@@ -55,7 +71,14 @@ class _AttentionInBlocks(torch.autograd.Function):
     whose sum is that of the output times its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        hidden_B1TT: Tensor | None,
+    ) -> Tensor:
         batch, heads, length, width = query.shape
         groups = key.shape[1]
         query = query.unflatten(1, (groups, -1))
@@ -67,7 +90,10 @@ class _AttentionInBlocks(torch.autograd.Function):
             scores = torch.bmm(
                 _rows(query[..., block, :] * scaling), key[:, :end].transpose(1, 2)
             ).view(batch, groups, -1, end - start, end)
-            scores[..., start:].masked_fill_(_later(end - start, query.device), -torch.inf)
+            if hidden_B1TT is None:
+                scores[..., start:].masked_fill_(_later(end - start, query.device), -torch.inf)
+            else:
+                scores.masked_fill_(hidden_B1TT[:, :, None, block, :end], -torch.inf)
             weights.append(scores.softmax(-1))
             mixed = torch.bmm(_rows(weights[-1]), value[:, :end])
             read[..., block, :] = mixed.view(batch, groups, -1, end - start, width)
@@ -77,7 +103,7 @@ class _AttentionInBlocks(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, *weights = ctx.saved_tensors
         batch, groups, repeats, length, width = query.shape
         grad_out = grad_out.unflatten(2, (groups, repeats))
@@ -105,6 +131,7 @@ class _AttentionInBlocks(torch.autograd.Function):
             grad_query.flatten(1, 2),
             grad_key.to(key.dtype).view(like_key),
             grad_value.to(value.dtype).view(like_key),
+            None,
             None,
         )
 
