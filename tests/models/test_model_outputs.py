@@ -116,7 +116,9 @@ def test_the_shaper_shapes_the_models_routers(
     optimizer = torch.optim.AdamW(model.parameters())
     shaper.calculate_meta_loss(output.router_logits, optimizer).backward()
     for site in find_sites(model):
-        for name, p in model.get_submodule(site.name.replace("experts", "router")).named_parameters():
+        for name, p in model.get_submodule(
+            site.name.replace("experts", "router")
+        ).named_parameters():
             assert p.grad is not None and p.grad.any(), (site.name, name)
 
 

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_helpers import MakeModel, MakeTokens
+from model_helpers import MakeModel, MakeTokens, enable_checkpointing
 from torch import Tensor
 
 from tiny_onn.models import TinyOnnForCausalLM
 from tiny_onn.routing import ROUTERS
-
-
-def enable_checkpointing(model: TinyOnnForCausalLM) -> None:
-    # The new name of what transformers before 5.23 calls gradient_checkpointing_enable.
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 @pytest.mark.parametrize(

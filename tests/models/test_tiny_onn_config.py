@@ -32,7 +32,7 @@ BAD_SIZES: list[tuple[dict[str, Any], str]] = [
         {"num_experts_per_tok": 0},
         "num_experts_per_tok must be between 1 and num_experts=4. Got 0",
     ),
-    ({"num_recurrences": 2}, "num_recurrences must be 1 so far. Got 2"),
+    ({"num_recurrences": 0}, "num_recurrences must be at least 1. Got 0"),
     (
         {"num_key_value_heads": 3},
         "num_attention_heads=4 must be a multiple of num_key_value_heads. Got 3",

@@ -57,15 +57,21 @@ class TinyOnnAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | CausalMask | None,
         past_key_values: Cache | None = None,
+        cache_offset: int = 0,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Mix ``[B, T, D]`` over time; returns it with the attention weights, if there are any."""
+        """Mix ``[B, T, D]`` over time; returns it with the attention weights, if there are any.
+
+        Args:
+            cache_offset: how many layers of the cache belong to earlier applications of the stack.
+        """
         batch, length, _ = hidden_states.shape
         key_value = self.kv_proj(hidden_states).view(batch, length, -1, self.head_dim)
         key, value = key_value.transpose(1, 2).chunk(2, dim=1)
         key = rotate(key, *position_embeddings).to(value.dtype)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            layer_idx = self.layer_idx + cache_offset
+            key, value = past_key_values.update(key, value, layer_idx)
         implementation = self.config._attn_implementation
         function: Callable[..., tuple[Tensor, Tensor | None]] = sdpa_attention_forward
         if implementation != "sdpa":

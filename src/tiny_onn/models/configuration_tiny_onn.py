@@ -3,6 +3,7 @@
 Annotations are evaluated here (no ``from __future__``): ``strict`` checks only types it can see.
 """
 
+from copy import copy
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -16,6 +17,7 @@ LEAST = {
     "num_experts": 1,
     "moe_intermediate_size": 1,
     "shared_expert_intermediate_size": 0,
+    "num_recurrences": 1,
     "num_tasks": 0,
     "num_symmetries": 0,
 }
@@ -44,6 +46,10 @@ class TinyOnnConfig(PreTrainedConfig):
         router: which router chooses the experts, a key of ``tiny_onn.routing.ROUTERS``.
         position_type: ``"grid"`` rotates queries and keys by (row, column, grid), which follow
             from the tokens; ``"sequence"`` makes an ordinary causal language model.
+        num_recurrences: R, how often the stack of blocks is applied, each time to its own output
+            and with the same weights; each application has keys and values of its own.
+        halting: whether a head says after each application how much of a token's answer is what
+            it is by then, as in adaptive computation time; the answer is the mixture.
         num_tasks: rows of the task embedding, 0 for none.
         num_symmetries: rows of the symmetry embedding, 0 for none.
         row_end_token_id, grid_token_ids: the tokens that end a row and that start a grid.
@@ -72,6 +78,7 @@ class TinyOnnConfig(PreTrainedConfig):
     num_tasks: int = 0
     num_symmetries: int = 8
     num_recurrences: int = 1
+    halting: bool = False
     row_end_token_id: int = 10
     grid_token_ids: list[int] | tuple[int, ...] = (11, 12)
     max_position_embeddings: int = 4096
@@ -95,6 +102,18 @@ class TinyOnnConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         # Here as well as among the library's validators, whose exception is no ValueError.
         self.validate_sizes()
+
+    def get_text_config(
+        self, decoder: bool | None = None, encoder: bool | None = None
+    ) -> PreTrainedConfig:
+        """This configuration; as a decoder, which is what caches are made for, with a layer for
+        each application of each block."""
+        config = super().get_text_config(decoder, encoder)
+        if decoder and self.num_recurrences > 1:
+            config = copy(config)
+            config.num_hidden_layers = self.num_hidden_layers * self.num_recurrences
+            config.num_recurrences = 1
+        return config
 
     @property
     def key_value_heads(self) -> int:
@@ -149,8 +168,6 @@ class TinyOnnConfig(PreTrainedConfig):
                 f"num_experts_per_tok must be between 1 and num_experts={self.num_experts}. "
                 f"Got {self.num_experts_per_tok}"
             )
-        if self.num_recurrences != 1:
-            raise ValueError(f"num_recurrences must be 1 so far. Got {self.num_recurrences}")
         self._check_heads()
         self._check_rope()
 

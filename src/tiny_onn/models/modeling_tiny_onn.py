@@ -105,9 +105,19 @@ class TinyOnnModel(TinyOnnPreTrainedModel):
             TinyOnnDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
         )
         self.norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
+        # Adaptive computation time (arXiv:1603.08983), with PonderNet's mixture (arXiv:2107.05407):
+        # a token that has halted still goes on, so that its keys and values are there for others.
+        self.halt_head = nn.Linear(width, 1) if config.halting else None
         self.rotary_emb = TinyOnnRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    @property
+    def experts_per_site(self) -> list[int]:
+        """K of each site, in the order of ``router_logits``: blocks in turn, attention first, and
+        all of them again for each application of the stack."""
+        sites = (m for m in self.modules() if isinstance(m, MixtureOfExperts))
+        return [m.num_experts_per_tok for m in sites] * self.config.num_recurrences
 
     @merge_with_config_defaults
     @capture_outputs
@@ -157,14 +167,23 @@ class TinyOnnModel(TinyOnnPreTrainedModel):
             if ids is not None and embed is not None:
                 hidden_states = _add_embedding(hidden_states, ids, embed)
         position_embeddings = self.rotary_emb(self._axes(position_ids), hidden_states.dtype)
-        for layer in self.layers:
-            hidden_states = layer(
-                hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=causal_mask,
-                past_key_values=past_key_values,
-                **kwargs,
-            )
+        answer, left = torch.zeros_like(hidden_states), torch.ones_like(hidden_states[..., :1])
+        for round_ in range(self.config.num_recurrences):
+            for layer in self.layers:
+                hidden_states = layer(
+                    hidden_states,
+                    position_embeddings=position_embeddings,
+                    attention_mask=causal_mask,
+                    past_key_values=past_key_values,
+                    cache_offset=round_ * len(self.layers),
+                    **kwargs,
+                )
+            if self.halt_head is not None:
+                last = round_ == self.config.num_recurrences - 1
+                halts = left if last else left * self.halt_head(hidden_states).sigmoid()
+                answer, left = answer + halts * hidden_states, left - halts
+        if self.halt_head is not None:
+            hidden_states = answer
         return MoeModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
         )
@@ -274,6 +293,8 @@ class TinyOnnForCausalLM(TinyOnnPreTrainedModel, GenerationMixin):
         ``labels [B, T]`` (shifted inside, -100 is ignored); see :class:`TinyOnnModel`."""
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
+        if output_router_logits and self.config.router_aux_loss_coef:
+            self._refuse_reentrant_checkpoints()
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -298,7 +319,7 @@ class TinyOnnForCausalLM(TinyOnnPreTrainedModel, GenerationMixin):
                 # With a cache the mask also covers tokens whose routes were decided earlier.
                 counts = attention_mask[:, -outputs.last_hidden_state.shape[1] :]
             aux_loss = load_balancing_loss(
-                outputs.router_logits, self.config.num_experts_per_tok, counts
+                outputs.router_logits, self.model.experts_per_site, counts
             )
             if loss is not None:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss
@@ -311,6 +332,17 @@ class TinyOnnForCausalLM(TinyOnnPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
+
+    def _refuse_reentrant_checkpoints(self) -> None:
+        layer = self.model.layers[0]
+        checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+        reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant", False)
+        if reentrant and layer.gradient_checkpointing and self.training:
+            raise ValueError(
+                "Re-entrant gradient checkpointing cuts router logits off from the graph, so that "
+                "router_aux_loss_coef would do nothing: gradient_checkpointing_enable("
+                "{'use_reentrant': False})"
+            )
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any

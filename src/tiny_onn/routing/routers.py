@@ -224,23 +224,27 @@ ROUTERS: dict[str, type[Router]] = {
 
 
 def load_balancing_loss(
-    router_logits: Sequence[Tensor], num_experts_per_tok: int, attention_mask: Tensor | None = None
+    router_logits: Sequence[Tensor],
+    num_experts_per_tok: int | Sequence[int],
+    attention_mask: Tensor | None = None,
 ) -> Tensor:
     """Switch/GShard's auxiliary loss (arXiv:2101.03961, eqs. 4-6): E times the sum over experts of
     the share of routes and the mean probability; K when the load is even, averaged over sites.
 
     Args:
         router_logits: raw logits ``[N, E]`` of every site.
-        num_experts_per_tok: K.
+        num_experts_per_tok: K, or that of every site.
         attention_mask: ``[B, T]`` with N = B*T, 0 for tokens that do not count, or None.
     """
+    if isinstance(num_experts_per_tok, int):
+        num_experts_per_tok = [num_experts_per_tok] * len(router_logits)
     losses = []
-    for logits_NE in router_logits:
+    for logits_NE, top_k in zip(router_logits, num_experts_per_tok, strict=True):
         logits_NE = logits_NE.float()
         if attention_mask is not None:
             logits_NE = logits_NE[attention_mask.reshape(-1).bool()]
         num_experts = logits_NE.shape[-1]
-        chosen = logits_NE.topk(num_experts_per_tok, dim=-1).indices
+        chosen = logits_NE.topk(top_k, dim=-1).indices
         load = F.one_hot(chosen, num_experts).sum(1).float().mean(0)
         losses.append(num_experts * (load * logits_NE.softmax(dim=-1).mean(0)).sum())
     return torch.stack(losses).mean()
