@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from tiny_onn.models.configuration_tiny_onn import TinyOnnConfig
+from tiny_onn.models.export import export
 from tiny_onn.models.modeling_tiny_onn import (
     TinyOnnForCausalLM,
     TinyOnnModel,
@@ -13,4 +14,10 @@ AutoConfig.register("tiny_onn", TinyOnnConfig, exist_ok=True)
 AutoModel.register(TinyOnnConfig, TinyOnnModel, exist_ok=True)
 AutoModelForCausalLM.register(TinyOnnConfig, TinyOnnForCausalLM, exist_ok=True)
 
-__all__ = ["TinyOnnConfig", "TinyOnnForCausalLM", "TinyOnnModel", "TinyOnnPreTrainedModel"]
+__all__ = [
+    "TinyOnnConfig",
+    "TinyOnnForCausalLM",
+    "TinyOnnModel",
+    "TinyOnnPreTrainedModel",
+    "export",
+]
