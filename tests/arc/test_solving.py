@@ -1,6 +1,7 @@
 """The whole way: from demonstrations to right answers, without ever seeing one."""
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -123,6 +124,18 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tasks, tmp_path, sam, 
     expected = [(row["step"], row["loss"]) for row in read_metrics(whole / "metrics.jsonl")]
     assert [step for step, _ in expected] == [1, 2, 3, 4, 5, 6]
     assert [(r["step"], r["loss"]) for r in read_metrics(broken / "metrics.jsonl")] == expected
+
+
+def test_a_stack_that_is_applied_twice_is_trained_watched_and_answers(tasks, tmp_path):
+    recipe = replace(TINY, model=replace(TINY.model, num_recurrences=2, halting=True))
+    solution = solve(tasks, recipe, out=tmp_path)
+    assert solution.attempts.keys() == {task.id for task in tasks}
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert all(math.isfinite(row["loss"]) and row["shaping"] > 0 for row in rows)
+    assert rows[0]["load_entropy"] > 0
+    routes = json.loads((tmp_path / "routing.json").read_text())
+    # Attention and experts of the one layer, twice.
+    assert len(routes["sites"]) == 4
 
 
 def test_a_new_run_does_not_pick_up_an_old_checkpoint(tasks, tmp_path):

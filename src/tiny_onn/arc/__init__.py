@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tiny_onn.arc.grammar import GridLogitsProcessor as GridLogitsProcessor
     from tiny_onn.arc.scoring import Score as Score
     from tiny_onn.arc.scoring import score as score
     from tiny_onn.arc.solving import solve as solve
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ARCTrainer": "trainer",
     "Grid": "tasks",
+    "GridLogitsProcessor": "grammar",
     "Pair": "tasks",
     "Score": "scoring",
     "Task": "tasks",
@@ -37,6 +39,7 @@ _HOMES = {
 __all__ = [
     "ARCTrainer",
     "Grid",
+    "GridLogitsProcessor",
     "Pair",
     "Score",
     "Task",

@@ -50,6 +50,8 @@ class ModelRecipe:
     num_experts_per_tok: int = 2
     moe_intermediate_size: int = 128
     router: str = "mlp"
+    num_recurrences: int = 1
+    halting: bool = False
     hidden_dropout: float = 0.0
 
     def build(self, num_tasks: int, seed: int) -> TinyOnnForCausalLM:
