@@ -22,6 +22,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from tiny_onn.models.attention import TinyOnnAttention, packed_causal_mask, same_segment
 from tiny_onn.models.configuration_tiny_onn import TinyOnnConfig
+from tiny_onn.models.experts_backend import IMPLEMENTATIONS, applicable
 from tiny_onn.models.positions import TinyOnnRotaryEmbedding, grid_positions
 from tiny_onn.routing import ROUTERS, GroupedExperts, MixtureOfExperts, SharedExpert
 from tiny_onn.routing.experts import Experts
@@ -73,11 +74,31 @@ class TinyOnnPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_set_experts_implementation_cached_value = True
     _can_record_outputs = {
         "router_logits": OutputRecorder(Router, index=0),
         "hidden_states": TinyOnnDecoderLayer,
         "attentions": OutputRecorder(TinyOnnAttention, index=1),
     }
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """One of :data:`~tiny_onn.models.experts_backend.IMPLEMENTATIONS`."""
+        return applicable(requested_experts)
+
+    def set_experts_implementation(self, experts_implementation: str | dict[str, str]) -> None:
+        """Compute all experts, those of attention too, with one implementation."""
+        super().set_experts_implementation(experts_implementation)
+        self._apply_experts_implementation()
+
+    def post_init(self) -> None:
+        super().post_init()
+        self._apply_experts_implementation()
+
+    def _apply_experts_implementation(self) -> None:
+        chosen = applicable(getattr(self.config, "_experts_implementation", None))
+        for module in self.modules():
+            if isinstance(module, Experts):
+                module.implementation = IMPLEMENTATIONS[chosen]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

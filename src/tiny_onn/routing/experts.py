@@ -95,12 +95,10 @@ class Experts(nn.Module):
         implementation = self._implementation_for(indices, x)
         if implementation == "dense":
             return None
-        multiple = 1
-        if implementation == "grouped":
-            multiple = row_multiple(indices.numel() // self.num_experts, x.dtype, x.device)
-        rows = dispatch(indices, self.num_experts, multiple)
-        linear = loop_linear if implementation == "loop" else grouped_linear
-        return Plan(rows, linear if self.observer is None else _seen(linear, self.observer(rows)))
+        plan = _plan(x, indices, self.num_experts, grouped=implementation == "grouped")
+        if self.observer is None:
+            return plan
+        return plan._replace(linear=_seen(plan.linear, self.observer(plan.dispatch)))
 
     def _implementation_for(self, indices: Tensor, x: Tensor) -> Implementation:
         """The implementation asked for, or the quickest by what ``docs/log.md`` measured."""
@@ -180,15 +178,11 @@ class GroupedExperts(Experts):
         plan = self.plan(x, indices)
         if plan is None:
             return self._dense(x, dense_weights(weights, indices, self.num_experts, x.dtype))
+        if self.intermediate_size is not None:
+            return mixed_swiglu(plan, x, weights, self.gate_up_proj, self.down_proj)
         (token, slot, offsets), linear = plan
-        x_PD = Gather.apply(x, token, slot)
-        weights_P1 = sort(weights[:, :, None].to(x.dtype), slot, len(token))
-        if self.intermediate_size is None:
-            y_PO = linear(x_PD * weights_P1, self.proj.to(x.dtype), offsets)
-        else:
-            inner_PI = swiglu(linear(x_PD, self.gate_up_proj.to(x.dtype), offsets), weights_P1)
-            y_PO = linear(inner_PI, self.down_proj.to(x.dtype), offsets)
-        return Sum.apply(y_PO, token, slot)
+        weighed_PD = Gather.apply(x, token, slot) * _sorted_weights(plan, weights, x.dtype)
+        return Sum.apply(linear(weighed_PD, self.proj.to(x.dtype), offsets), token, slot)
 
     def _dense(self, x_ND: Tensor, weights_NE: Tensor) -> Tensor:
         """Every expert for every token; those that were not chosen weigh nothing."""
@@ -204,6 +198,36 @@ class GroupedExperts(Experts):
     def extra_repr(self) -> str:
         kind = "linear" if self.intermediate_size is None else f"swiglu {self.intermediate_size}"
         return f"{self.num_experts} x {kind}, {self.hidden_size} -> {self.output_size}"
+
+
+def sorted_plan(x: Tensor, indices: Tensor, num_experts: int, inner_size: int) -> Plan:
+    """The quickest plan that sorts tokens ``x [N, D]`` by their experts ``[N, K]``."""
+    grouped = grouped_mm_accepts(x.dtype, x.shape[-1], inner_size)
+    return _plan(x, indices, num_experts, grouped)
+
+
+def _plan(x: Tensor, indices: Tensor, num_experts: int, grouped: bool) -> Plan:
+    if not grouped:
+        return Plan(dispatch(indices, num_experts), loop_linear)
+    multiple = row_multiple(indices.numel() // num_experts, x.dtype, x.device)
+    return Plan(dispatch(indices, num_experts, multiple), grouped_linear)
+
+
+def mixed_swiglu(
+    plan: Plan, x: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor
+) -> Tensor:
+    """The mixture ``[N, O]`` of SwiGLU experts ``[E, 2I, D]`` and ``[E, O, I]`` of tokens
+    ``x [N, D]``, by weights ``[N, K]`` that go in before the last product."""
+    (token, slot, offsets), linear = plan
+    gate_up_PI = linear(Gather.apply(x, token, slot), gate_up_proj.to(x.dtype), offsets)
+    inner_PI = swiglu(gate_up_PI, _sorted_weights(plan, weights, x.dtype))
+    return Sum.apply(linear(inner_PI, down_proj.to(x.dtype), offsets), token, slot)
+
+
+def _sorted_weights(plan: Plan, weights_NK: Tensor, dtype: torch.dtype) -> Tensor:
+    """Mixing weights ``[P, 1]`` of the sorted rows."""
+    rows = plan.dispatch
+    return sort(weights_NK[:, :, None].to(dtype), rows.slot, len(rows.token))
 
 
 def _seen(linear: Linear, see: Callable[[Tensor, Tensor], object]) -> Linear:
