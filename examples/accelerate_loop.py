@@ -44,4 +44,5 @@ if accelerator.is_main_process:
 assert losses[-1] < 0.3 * losses[0]
 syncs = torch.tensor([optimizer.optimizer.diagnostics["syncs"]])
 assert len(set(accelerator.gather(syncs).tolist())) == 1, "all processes take the same decisions"
+accelerator.wait_for_everyone()
 accelerator.end_training()

@@ -32,12 +32,16 @@ def test_an_example_runs(example, capsys):
 
 def test_accelerate_in_two_processes():
     command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    done = subprocess.run(
-        [sys.executable, *command, str(EXAMPLES / "accelerate_loop.py")],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, *command, str(EXAMPLES / "accelerate_loop.py")],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        # Once in some dozen times a thread of gloo's aborts a process that ends.
+        if "terminate called without an active exception" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("2 processes, loss")

@@ -25,7 +25,9 @@ def run_two(script, folder, timeout=200):
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    # Once in some dozen times a thread of gloo's aborts a process that has done its work.
+    assert all(process.returncode in (0, -6) for process in processes), "\n".join(outputs)
+    assert all((folder / f"{rank}.pt").exists() for rank in (0, 1)), "\n".join(outputs)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
