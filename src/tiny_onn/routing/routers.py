@@ -72,6 +72,8 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Raw logits, float32 ``[N, E]``, of tokens ``x [N, D]`` of any floating dtype."""
+        if not torch.is_autocast_enabled(x.device.type):
+            return self.logits(x.float())
         with torch.autocast(x.device.type, enabled=False):
             return self.logits(x.float())
 
