@@ -8,15 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.fixture(autouse=True)
 def _as_before():
-    """Examples seed the default generator, and may ask for other threads."""
+    """Examples seed the default generator, and may ask for other threads; accelerate keeps what its
+    first user in a process asked for."""
     state, threads = torch.get_rng_state(), torch.get_num_threads()
+    AcceleratorState._reset_state(reset_partial_state=True)
     yield
+    AcceleratorState._reset_state(reset_partial_state=True)
     torch.set_rng_state(state)
     torch.set_num_threads(threads)
 

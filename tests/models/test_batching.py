@@ -3,6 +3,8 @@ tokens that come later."""
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from model_helpers import MakeModel, MakeTokens, assert_near
@@ -147,6 +149,23 @@ def test_eager_and_sdpa_agree(make_model: MakeModel, make_tokens: MakeTokens) ->
             model.set_attn_implementation(attention)
             found.append(model(ids, attention_mask=(ids != PAD).long()).logits)
         assert_near(found[0][ids != PAD], found[1][ids != PAD])
+
+
+# torch warns of its own compiler, and of how the library asks it to compile the mask.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_flex_attention_agrees(make_model: MakeModel, make_tokens: MakeTokens) -> None:
+    """In a forward pass; torch 2.13 on a CPU compiles none for a single query."""
+    if shutil.which("g++") is None:
+        pytest.skip("flex_attention is compiled by g++")
+    model = make_model()
+    ids = make_tokens(2, 30)
+    ids[0, :6] = PAD
+    mask = (ids != PAD).long()
+    expected = model(ids, attention_mask=mask).logits
+    model.set_attn_implementation("flex_attention")
+    with torch.no_grad():
+        found = model(ids, attention_mask=mask).logits
+    assert_near(found[ids != PAD], expected[ids != PAD])
 
 
 def test_grouped_key_value_heads_are_shared(make_model: MakeModel, make_tokens: MakeTokens) -> None:

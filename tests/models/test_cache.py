@@ -8,7 +8,7 @@ import pytest
 import torch
 from model_helpers import MakeModel, MakeTokens, assert_near
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from tiny_onn.models import TinyOnnConfig, TinyOnnForCausalLM
 
@@ -200,6 +200,33 @@ def test_a_cache_filled_with_given_positions_cannot_be_read_from_tokens(
     model(ids, position_ids=model.model.token_positions(ids), past_key_values=cache)
     with pytest.raises(ValueError, match=r"give position_ids of shape \[3, B, T\]"):
         model(ids[:, :1], past_key_values=cache)
+
+
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+@POSITIONS
+def test_positions_follow_what_is_done_to_a_cache(
+    make_model: MakeModel, make_tokens: MakeTokens, position_type: str, kind: type
+) -> None:
+    """Reordered as beams are, cropped as guesses are, reset: positions are those of the tokens."""
+    model = make_model(position_type=position_type, num_recurrences=2)
+    ids = make_tokens(3, 12)
+    whole = model(ids, use_cache=False).logits
+    static = kind is StaticCache
+    cache = StaticCache(config=model.config, max_cache_len=12) if static else DynamicCache()
+    model(ids[:, :7], past_key_values=cache)
+    chosen = torch.tensor([2, 0, 0])
+    cache.reorder_cache(chosen)
+    assert_near(model(ids[chosen, 7:], past_key_values=cache).logits, whole[chosen, 7:])
+    assert len(cache.layers) == 4
+    if not static:
+        cache.crop(-3)
+        cache.batch_select_indices(torch.tensor([0, 1]))
+        cache.batch_repeat_interleave(2)
+        chosen = torch.tensor([2, 2, 0, 0])
+        assert_near(model(ids[chosen, 9:], past_key_values=cache).logits, whole[chosen, 9:])
+    else:
+        cache.reset()
+        assert_near(model(ids, past_key_values=cache).logits, whole)
 
 
 def test_a_packed_row_needs_an_empty_cache(make_model: MakeModel, make_tokens: MakeTokens) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from model_helpers import MakeModel, MakeTokens, enable_checkpointing
 from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from tiny_onn.models import TinyOnnForCausalLM
 
@@ -16,7 +17,9 @@ NEW = 8
 WAYS: dict[str, Callable[[TinyOnnForCausalLM], dict[str, Any]]] = {
     "static cache": lambda other: {"cache_implementation": "static"},
     "an assistant that is the model": lambda other: {"assistant_model": other},
+    "an assistant that exits early": lambda other: {"assistant_early_exit": 1},
     "prompt look-up": lambda other: {"prompt_lookup_num_tokens": 3},
+    "a prompt in chunks": lambda other: {"prefill_chunk_size": 4},
     "one beam": lambda other: {"num_beams": 1},
 }
 
@@ -47,6 +50,81 @@ def test_an_assistant_of_other_weights_changes_nothing(
     assistant = TinyOnnForCausalLM(model.config).eval()
     ids = make_tokens(1, 10)
     assert torch.equal(greedy(model, ids, assistant_model=assistant), greedy(model, ids))
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_a_left_padded_batch_through_beams(
+    model: TinyOnnForCausalLM, make_tokens: MakeTokens, cache: str | None
+) -> None:
+    ids = make_tokens(2, 10)
+    ids[1, :4] = model.config.pad_token_id
+    options: dict[str, Any] = {"attention_mask": (ids != model.config.pad_token_id).long()}
+    for beams in (1, 3):
+        options["num_beams"] = beams
+        found = greedy(model, ids, cache_implementation=cache, **options)
+        assert torch.equal(found, greedy(model, ids, use_cache=False, **options))
+
+
+def test_a_criterion_stops(model: TinyOnnForCausalLM, make_tokens: MakeTokens) -> None:
+    class AtTwelve(StoppingCriteria):
+        def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+            return torch.full((len(input_ids),), input_ids.shape[1] >= 12)
+
+    ids = make_tokens(2, 10)
+    found = greedy(model, ids, stopping_criteria=StoppingCriteriaList([AtTwelve()]))
+    assert torch.equal(found, greedy(model, ids)[:, :12])
+
+
+@pytest.mark.parametrize("only_new", [True, False])
+def test_generation_goes_on_from_a_cache(
+    model: TinyOnnForCausalLM, make_tokens: MakeTokens, only_new: bool
+) -> None:
+    """With all tokens so far, or with those that the cache hasn't seen and a mask of all."""
+    ids = make_tokens(2, 10)
+    ids[1, :4] = model.config.pad_token_id
+    mask = (ids != model.config.pad_token_id).long()
+    whole = greedy(model, ids, attention_mask=mask)
+    first = model.generate(
+        ids, attention_mask=mask, max_new_tokens=3, do_sample=False, return_dict_in_generate=True
+    )
+    rest = model.generate(
+        first.sequences[:, -1:] if only_new else first.sequences,
+        attention_mask=torch.cat([mask, torch.ones(2, 3, dtype=torch.long)], dim=1),
+        past_key_values=first.past_key_values,
+        max_new_tokens=NEW - 3,
+        do_sample=False,
+    )
+    assert torch.equal(rest[:, 3 - NEW :], whole[:, 3 - NEW :])
+
+
+def test_embeddings_beside_tokens_and_alone(
+    model: TinyOnnForCausalLM, make_tokens: MakeTokens
+) -> None:
+    """Beside their tokens embeddings have the tokens' positions; alone they stand in one row."""
+    ids = make_tokens(2, 10)
+    embeds = model.get_input_embeddings()(ids)
+    expected = greedy(model, ids)[:, 10:]
+    for use_cache in (True, False):
+        found = greedy(model, ids, inputs_embeds=embeds, use_cache=use_cache)
+        assert torch.equal(found[:, -NEW:], expected)
+    alone = [
+        model.generate(inputs_embeds=embeds, max_new_tokens=NEW, do_sample=False, use_cache=cached)
+        for cached in (True, False)
+    ]
+    assert torch.equal(*alone)
+    on_grid = model.config.position_type == "grid"
+    assert torch.equal(alone[0], expected) is not on_grid
+
+
+def test_what_a_step_returns(model: TinyOnnForCausalLM, make_tokens: MakeTokens) -> None:
+    model.set_attn_implementation("eager")
+    ids = make_tokens(2, 10)
+    steps = {f"output_{name}": True for name in ("scores", "hidden_states", "attentions")}
+    out = greedy(model, ids, return_dict_in_generate=True, **steps)
+    assert len(out.scores) == len(out.hidden_states) == len(out.attentions) == NEW
+    assert [h.shape for h in out.hidden_states[2]] == [(2, 1, 32)] * 3
+    assert [a.shape for a in out.attentions[2]] == [(2, 2, 1, 12)] * 2
+    assert [layer.keys.shape for layer in out.past_key_values.layers] == [(2, 1, 17, 16)] * 2
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 4, "length_penalty": 2.0}])

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_helpers import MakeModel, MakeTokens
 from torch import Tensor
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from tiny_onn.arc import tokens
 from tiny_onn.models import TinyOnnConfig
@@ -72,7 +77,7 @@ def test_each_axis_has_its_own_frequencies() -> None:
     rotary = TinyOnnRotaryEmbedding(TinyOnnConfig(hidden_size=64, num_attention_heads=2))
     assert rotary.pairs_per_axis == (6, 6, 4)
     position = torch.tensor([5, 3, 2]).view(3, 1, 1)
-    cos, sin = rotary(position, torch.float32)
+    cos, sin = rotary(torch.empty(0), position)
     expected = [p * 100.0 ** -(i / n) for p, n in ((5, 6), (3, 6), (2, 4)) for i in range(n)]
     torch.testing.assert_close(cos[0, 0], torch.tensor(expected).cos())
     torch.testing.assert_close(sin[0, 0], torch.tensor(expected).sin())
@@ -84,7 +89,7 @@ def test_scores_depend_on_the_difference_of_positions_only() -> None:
 
     def score(at_query: list[int], at_key: list[int]) -> float:
         turned = [
-            rotate(x, *rotary(torch.tensor(at).view(3, 1, 1), torch.float32))
+            rotate(x, *rotary(torch.empty(0), torch.tensor(at).view(3, 1, 1)))
             for x, at in ((query, at_query), (key, at_key))
         ]
         return float((turned[0] * turned[1]).sum())
@@ -92,3 +97,27 @@ def test_scores_depend_on_the_difference_of_positions_only() -> None:
     base = score([4, 7, 2], [1, 5, 2])
     assert abs(score([14, 8, 6], [11, 6, 6]) - base) < 1e-5
     assert abs(score([5, 7, 2], [1, 5, 2]) - base) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "dynamic", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_a_sequence_model_takes_the_librarys_rotary_scalings(rope: dict[str, Any]) -> None:
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": 16}
+    rope = rope | {"rope_theta": 100.0}
+    config = TinyOnnConfig(position_type="sequence", rope_parameters=rope, **sizes)
+    positions = torch.arange(40)[None]
+    cos, sin = TinyOnnRotaryEmbedding(config)(torch.empty(0), positions)
+    llama = LlamaConfig(rope_parameters=rope, **sizes)
+    expected = LlamaRotaryEmbedding(llama)(torch.empty(0), positions)
+    torch.testing.assert_close(cos, expected[0][..., :8])
+    torch.testing.assert_close(sin, expected[1][..., :8])
+    config.position_type = "grid"
+    with pytest.raises(ValueError, match="must be 'default'. Got"):
+        TinyOnnRotaryEmbedding(config)

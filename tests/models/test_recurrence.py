@@ -23,6 +23,17 @@ def test_one_round_of_a_stack_is_the_plain_model(
     assert torch.equal(plain(ids).logits, halting(ids).logits)
 
 
+def test_a_decoders_configuration_counts_every_round(make_model: MakeModel) -> None:
+    """It is what the library makes caches from, and the same one else."""
+    config = make_model(num_recurrences=3).config
+    decoder = config.get_text_config(decoder=True)
+    assert (decoder.num_hidden_layers, config.num_hidden_layers) == (6, 2)
+    decoder.output_router_logits = True
+    assert config.output_router_logits
+    assert config.get_text_config() is config
+    assert make_model().config.get_text_config(decoder=True).num_hidden_layers == 2
+
+
 def test_two_rounds_are_twice_the_layers_with_the_same_weights(
     make_model: MakeModel, make_tokens: MakeTokens
 ) -> None:

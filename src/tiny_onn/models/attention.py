@@ -97,7 +97,8 @@ class TinyOnnAttention(nn.Module):
 
         return self.heads(hidden_states, attend), weights
 
-    # Query heads stand in the order of the key/value heads that they share.
+    # Query heads stand in the order of the key/value heads that they share. Under tensor
+    # parallelism W is this rank's part: that of some of the key/value heads.
 
     @property
     def _order(self) -> tuple[int, int]:
@@ -112,15 +113,15 @@ class TinyOnnAttention(nn.Module):
 
     def _by_head(self, queries_NKW: Tensor, batch: int) -> Tensor:
         """``[N, K, W]`` as ``[B, H, T, C]``."""
-        groups, heads = self._order
-        top_k = queries_NKW.shape[1]
+        _, top_k, width = queries_NKW.shape
+        heads = self._order[1]
+        groups = width // (heads * self.head_dim)
         apart = queries_NKW.view(batch, -1, top_k, groups, heads, self.head_dim)
         return apart.permute(0, 3, 2, 4, 1, 5).flatten(1, 3)
 
     def _by_expert(self, read_BTHC: Tensor, shape: torch.Size) -> Tensor:
         """``[B, T, H, C]`` as ``[N, K, W]``."""
-        groups, heads = self._order
-        apart = read_BTHC.unflatten(2, (groups, shape[1], heads))
+        apart = read_BTHC.unflatten(2, (-1, shape[1], self._order[1]))
         return apart.transpose(2, 3).reshape(shape)
 
 

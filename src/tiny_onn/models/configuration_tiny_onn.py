@@ -3,11 +3,11 @@
 Annotations are evaluated here (no ``from __future__``): ``strict`` checks only types it can see.
 """
 
-from copy import copy
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 LEAST = {
     "vocab_size": 1,
@@ -53,7 +53,8 @@ class TinyOnnConfig(PreTrainedConfig):
         num_tasks: rows of the task embedding, 0 for none.
         num_symmetries: rows of the symmetry embedding, 0 for none.
         row_end_token_id, grid_token_ids: the tokens that end a row and that start a grid.
-        rope_parameters: ``rope_theta`` and ``rope_type`` (only ``"default"``).
+        rope_parameters: ``rope_theta`` and ``rope_type``, with what this takes; on grids it is
+            ``"default"``, on sequences any of the library's.
         hidden_dropout: dropout on the output of attention and experts, in training.
         router_aux_loss_coef: weight of the library's load-balancing loss when router logits are
             asked for; 0 leaves the shaping of routes to ``tiny_onn.shaping``.
@@ -61,6 +62,14 @@ class TinyOnnConfig(PreTrainedConfig):
 
     model_type = "tiny_onn"
     keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"num_local_experts": "num_experts"}
+    # The experts of attention stay on every rank: a token's K queries are one attention, which
+    # can't be sent to other ranks one by one.
+    base_model_ep_plan = {
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
 
     vocab_size: int = 16
     hidden_size: int = 128
@@ -102,17 +111,42 @@ class TinyOnnConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         # Here as well as among the library's validators, whose exception is no ValueError.
         self.validate_sizes()
+        self.base_model_tp_plan = self.tensor_parallel_plan()
+
+    def tensor_parallel_plan(self) -> dict[str, str]:
+        """Tensor parallelism, for ``DistributedConfig(tp_size=n)``: every rank has a slice of every
+        expert.
+
+        n has to divide the width of the feed-forward experts, and ``num_key_value_heads``: a rank
+        has some of these and the query heads that ask them. Where an attention expert has no query
+        head for each of them, attention stays whole on every rank.
+        """
+        plan = {
+            "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+            "layers.*.mlp.experts.down_proj": "rowwise",
+            "layers.*.mlp.experts": "moe_tp_experts",
+        }
+        if self.shared_expert_intermediate_size:
+            plan["layers.*.mlp.shared.gate_up_proj"] = "packed_colwise"
+            plan["layers.*.mlp.shared.down_proj"] = "rowwise"
+        heads = self.num_attention_heads // self.attention_experts_per_tok
+        if heads % self.key_value_heads == 0:
+            plan["layers.*.self_attn.kv_proj"] = "packed_colwise"
+            plan["layers.*.self_attn.heads.experts.q_proj"] = "colwise"
+            plan["layers.*.self_attn.heads.experts.o_proj"] = "rowwise"
+            plan["layers.*.self_attn.heads.experts"] = "moe_tp_experts"
+        return plan
 
     def get_text_config(
         self, decoder: bool | None = None, encoder: bool | None = None
     ) -> PreTrainedConfig:
-        """This configuration; as a decoder, which is what caches are made for, with a layer for
-        each application of each block."""
+        """This configuration; as a decoder, which is what caches are made for, one whose number of
+        layers counts every application of every block. It shares all else: what is set on one is
+        set on both."""
         config = super().get_text_config(decoder, encoder)
         if decoder and self.num_recurrences > 1:
-            config = copy(config)
-            config.num_hidden_layers = self.num_hidden_layers * self.num_recurrences
-            config.num_recurrences = 1
+            config = object.__new__(_UnrolledConfig)
+            object.__setattr__(config, "__dict__", self.__dict__)
         return config
 
     @property
@@ -169,7 +203,7 @@ class TinyOnnConfig(PreTrainedConfig):
                 f"Got {self.num_experts_per_tok}"
             )
         self._check_heads()
-        self._check_rope()
+        self.check_rope()
 
     def _check_heads(self) -> None:
         if self.key_value_heads < 1 or self.num_attention_heads % self.key_value_heads:
@@ -181,11 +215,24 @@ class TinyOnnConfig(PreTrainedConfig):
         if self.head_width % 2 or self.head_width < least:
             raise ValueError(f"head_dim must be even and at least {least}. Got {self.head_width}")
 
-    def _check_rope(self) -> None:
+    def check_rope(self) -> None:
+        """Refuse rotary settings that grids or the library don't know.
+
+        Raises:
+            ValueError: what a user must mend.
+        """
         kind = (self.rope_parameters or {}).get("rope_type")
-        if kind != "default":
-            raise ValueError(f"rope_parameters['rope_type'] must be 'default'. Got {kind!r}")
+        known = ["default", *(ROPE_INIT_FUNCTIONS if self.position_type == "sequence" else ())]
+        if kind not in known:
+            names = " or ".join(map(repr, known))
+            raise ValueError(f"rope_parameters['rope_type'] must be {names}. Got {kind!r}")
         if not isinstance(self.rope_theta, int | float) or self.rope_theta <= 0:
             raise ValueError(
                 f"rope_parameters['rope_theta'] must be a positive number. Got {self.rope_theta!r}"
             )
+
+
+class _UnrolledConfig(TinyOnnConfig):
+    @property
+    def num_hidden_layers(self) -> int:  # type: ignore[override]
+        return self.__dict__["num_hidden_layers"] * self.num_recurrences

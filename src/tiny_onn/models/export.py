@@ -15,6 +15,7 @@ MODULES = (
     "tiny_onn.models.attention",
     "tiny_onn.models.causal_blocks",
     "tiny_onn.models.experts_backend",
+    "tiny_onn.models.layers",
     "tiny_onn.models.positions",
     "tiny_onn.routing",
     "tiny_onn.routing.dispatch",

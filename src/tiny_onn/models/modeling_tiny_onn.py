@@ -9,12 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -23,43 +21,17 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from tiny_onn.models.attention import TinyOnnAttention, packed_causal_mask, same_segment
 from tiny_onn.models.configuration_tiny_onn import TinyOnnConfig
 from tiny_onn.models.experts_backend import IMPLEMENTATIONS, applicable
-from tiny_onn.models.positions import TinyOnnRotaryEmbedding, grid_positions
-from tiny_onn.routing import ROUTERS, GroupedExperts, MixtureOfExperts, SharedExpert
+from tiny_onn.models.layers import TinyOnnDecoderLayer
+from tiny_onn.models.positions import (
+    TinyOnnRotaryEmbedding,
+    can_be_told,
+    grid_positions,
+    seen_tokens,
+    tell_tokens,
+)
+from tiny_onn.routing import MixtureOfExperts
 from tiny_onn.routing.experts import Experts
 from tiny_onn.routing.routers import Router, load_balancing_loss
-
-
-class TinyOnnDecoderLayer(GradientCheckpointingLayer):
-    """Attention, then experts, each on the normalised stream and added back to it."""
-
-    def __init__(self, config: TinyOnnConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.self_attn = TinyOnnAttention(config, layer_idx)
-        shared = config.shared_expert_intermediate_size
-        self.mlp = MixtureOfExperts(
-            ROUTERS[config.router](config.hidden_size, config.num_experts),
-            GroupedExperts(
-                config.num_experts,
-                config.hidden_size,
-                intermediate_size=config.moe_intermediate_size,
-            ),
-            config.num_experts_per_tok,
-            SharedExpert(config.hidden_size, shared) if shared else None,
-            selection_bias=config.router_selection_bias,
-        )
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.hidden_dropout = float(config.hidden_dropout)
-
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """Map ``[B, T, D]`` to ``[B, T, D]``."""
-        mixed, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + self._drop(mixed)
-        computed = self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states + self._drop(computed)
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.hidden_dropout, self.training) if self.hidden_dropout else x
 
 
 class TinyOnnPreTrainedModel(PreTrainedModel):
@@ -82,7 +54,7 @@ class TinyOnnPreTrainedModel(PreTrainedModel):
     }
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """One of :data:`~tiny_onn.models.experts_backend.IMPLEMENTATIONS`."""
+        """What is asked for, or our own."""
         return applicable(requested_experts)
 
     def set_experts_implementation(self, experts_implementation: str | dict[str, str]) -> None:
@@ -98,7 +70,7 @@ class TinyOnnPreTrainedModel(PreTrainedModel):
         chosen = applicable(getattr(self.config, "_experts_implementation", None))
         for module in self.modules():
             if isinstance(module, Experts):
-                module.implementation = IMPLEMENTATIONS[chosen]
+                module.implementation = IMPLEMENTATIONS.get(chosen, "auto")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -128,7 +100,8 @@ class TinyOnnModel(TinyOnnPreTrainedModel):
         self.norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
         # Adaptive computation time (arXiv:1603.08983), with PonderNet's mixture (arXiv:2107.05407):
         # a token that has halted still goes on, so that its keys and values are there for others.
-        self.halt_head = nn.Linear(width, 1) if config.halting else None
+        halts = config.halting and config.num_recurrences > 1
+        self.halt_head = nn.Linear(width, 1) if halts else None
         self.rotary_emb = TinyOnnRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -180,34 +153,46 @@ class TinyOnnModel(TinyOnnPreTrainedModel):
                 raise ValueError(f"segment_ids need an empty cache. Got one of {seen} tokens")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        asks_tokens = position_ids is None and segment_ids is None and input_ids is not None
         if position_ids is None:
             position_ids = self._positions(input_ids, inputs_embeds, past_key_values, segment_ids)
         causal_mask = self._mask(inputs_embeds, attention_mask, past_key_values, segment_ids)
         hidden_states = inputs_embeds
         for ids, embed in ((task_ids, self.embed_tasks), (symmetry_ids, self.embed_symmetries)):
-            if ids is not None and embed is not None:
+            if embed is not None:
                 hidden_states = _add_embedding(hidden_states, ids, embed)
-        position_embeddings = self.rotary_emb(self._axes(position_ids), hidden_states.dtype)
-        answer, left = torch.zeros_like(hidden_states), torch.ones_like(hidden_states[..., :1])
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        # An assistant that exits early is this model with fewer layers by its configuration.
+        layers = self.layers[: self.config.num_hidden_layers]
+        states = []
         for round_ in range(self.config.num_recurrences):
-            for layer in self.layers:
+            for layer in layers:
                 hidden_states = layer(
                     hidden_states,
                     position_embeddings=position_embeddings,
                     attention_mask=causal_mask,
                     past_key_values=past_key_values,
-                    cache_offset=round_ * len(self.layers),
+                    cache_offset=round_ * len(layers),
                     **kwargs,
                 )
-            if self.halt_head is not None:
-                last = round_ == self.config.num_recurrences - 1
-                halts = left if last else left * self.halt_head(hidden_states).sigmoid()
-                answer, left = answer + halts * hidden_states, left - halts
+            states.append(hidden_states)
         if self.halt_head is not None:
-            hidden_states = answer
+            hidden_states = self._halted(states)
+        if asks_tokens and past_key_values is not None and self.config.position_type == "grid":
+            assert input_ids is not None
+            tell_tokens(past_key_values, input_ids)
         return MoeModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
         )
+
+    def _halted(self, states: list[Tensor]) -> Tensor:
+        """The mixture of what each token was after every application, by where it halts."""
+        assert self.halt_head is not None
+        answer, left = torch.zeros_like(states[0]), torch.ones_like(states[0][..., :1])
+        for state in states[:-1]:
+            halts = left * self.halt_head(state).sigmoid()
+            answer, left = answer + halts * state, left - halts
+        return answer + left * states[-1]
 
     def _mask(
         self,
@@ -256,35 +241,21 @@ class TinyOnnModel(TinyOnnPreTrainedModel):
             return steps.expand(batch, length)
         if cache is None or segment_ids is not None:
             return self.token_positions(input_ids, segment_ids)
-        history = getattr(cache, "seen_input_ids", input_ids[:, :0])
+        history = seen_tokens(cache, input_ids)
         if history.shape != (batch, seen):
             raise ValueError(
-                "The cache was filled by a call that gave its own position_ids (or was reordered), "
-                "so positions can't be read off the tokens: give position_ids of shape [3, B, T]"
+                "The cache was filled by a call that gave its own position_ids, so positions can't "
+                "be read off the tokens: give position_ids of shape [3, B, T]"
             )
-        cache.seen_input_ids = torch.cat([history, input_ids], dim=1)
-        return self.token_positions(cache.seen_input_ids)[..., seen:]
-
-    def _axes(self, position_ids: Tensor) -> Tensor:
-        """Positions as ``[axes, B, T]``; a single axis stands for the columns of a grid model."""
-        axes = len(self.rotary_emb.pairs_per_axis)
-        if position_ids.ndim == 3 and len(position_ids) == axes:
-            return position_ids
-        if position_ids.ndim != 2:
-            raise ValueError(
-                f"position_ids must have shape [B, T] or [{axes}, B, T] with position_type="
-                f"{self.config.position_type!r}. Got {list(position_ids.shape)}"
-            )
-        if axes == 1:
-            return position_ids[None]
-        zeros = torch.zeros_like(position_ids)
-        return torch.stack([zeros, position_ids, zeros])
+        return self.token_positions(torch.cat([history, input_ids], dim=1))[..., seen:]
 
 
 class TinyOnnForCausalLM(TinyOnnPreTrainedModel, GenerationMixin):
     """The model with its language head: next-token logits, loss and generation."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: TinyOnnConfig) -> None:
         super().__init__(config)
@@ -368,12 +339,21 @@ class TinyOnnForCausalLM(TinyOnnPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """Add the positions that follow from all tokens so far; the library slices them."""
-        if self.config.position_type == "grid" and inputs_embeds is None:
+        """The inputs of one step. On a grid the model reads positions off the tokens and those that
+        its cache has seen; it is given them if the step may be compiled."""
+        on_grid = self.config.position_type == "grid"
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        told = cache is None or (can_be_told(cache) and not cache.is_compileable)
+        prompt = mask if inputs_embeds is None else inputs_embeds
+        whole = prompt is None or input_ids.shape[1] >= prompt.shape[1]
+        given = whole and not (told and inputs_embeds is None)
+        if on_grid and given:
             kwargs["position_ids"] = self.model.token_positions(input_ids)
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
+        if on_grid and not given and inputs_embeds is None:
+            inputs["position_ids"] = None
         for name in ("task_ids", "symmetry_ids"):
             ids = inputs.get(name)
             if ids is not None and ids.ndim == 2:
@@ -381,8 +361,11 @@ class TinyOnnForCausalLM(TinyOnnPreTrainedModel, GenerationMixin):
         return inputs
 
 
-def _add_embedding(hidden_states: Tensor, ids: Tensor, embed: nn.Embedding) -> Tensor:
+def _add_embedding(hidden_states: Tensor, ids: Tensor | None, embed: nn.Embedding) -> Tensor:
     batch, length, _ = hidden_states.shape
+    if ids is None:
+        # Data parallelism waits for a gradient of every parameter, be it zero.
+        return hidden_states + 0.0 * embed.weight.sum() if embed.training else hidden_states
     if ids.shape not in ((batch,), (batch, length)):
         raise ValueError(
             f"task_ids and symmetry_ids must have shape [{batch}] or [{batch}, {length}]. "

@@ -10,8 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tiny_onn.models.configuration_tiny_onn import TinyOnnConfig
+
+LENGTH_DEPENDENT = ("dynamic", "longrope")
+"""Kinds of rotary embedding whose frequencies follow the longest position of a call."""
 
 
 def grid_positions(
@@ -67,6 +72,69 @@ def _count_since(events_BT: Tensor, resets_BT: Tensor | None, starts_BT: Tensor 
     return count - base.cummax(-1).values
 
 
+def seen_tokens(cache: Cache, like_BT: Tensor) -> Tensor:
+    """Tokens ``[B, S]`` of the cache's sequences, as far as :func:`tell_tokens` told of them."""
+    first = cache.layers[0] if cache.layers else None
+    if isinstance(first, _TellsTokens) and first.seen_input_ids.shape[1]:
+        return first.seen_input_ids
+    return like_BT[:, :0]
+
+
+def can_be_told(cache: Cache) -> bool:
+    """Whether :func:`tell_tokens` works for the cache."""
+    return not cache.layers or type(cache.layers[0]) in (*_TOLD, *_TOLD.values())
+
+
+def tell_tokens(cache: Cache, input_ids_BT: Tensor) -> None:
+    """Tell a cache which tokens its layers have just seen; nothing if they keep none."""
+    told = torch.cat([seen_tokens(cache, input_ids_BT), input_ids_BT], dim=1)
+    if int(cache.get_seq_length()) != told.shape[1] or not can_be_told(cache):
+        return
+    first = cache.layers[0]
+    if not isinstance(first, _TellsTokens):
+        cache.layers[0] = object.__new__(_TOLD[type(first)])
+        vars(cache.layers[0]).update(vars(first))
+    cache.layers[0].seen_input_ids = told
+
+
+class _TellsTokens:
+    """What a layer of a cache learns: whatever reorders, repeats, drops or crops its sequences does
+    so to their tokens ``[B, S]``."""
+
+    seen_input_ids: Tensor
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self.seen_input_ids = self.seen_input_ids[:, :0]
+
+    def crop(self, tokens: int) -> None:
+        super().crop(tokens)  # type: ignore[misc]
+        self.seen_input_ids = self.seen_input_ids[:, : int(self.get_seq_length())]  # type: ignore[attr-defined]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self.seen_input_ids = self.seen_input_ids[beam_idx.to(self.seen_input_ids.device)]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self.seen_input_ids = self.seen_input_ids[indices]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self.seen_input_ids = self.seen_input_ids.repeat_interleave(repeats, dim=0)
+
+
+class _ToldDynamicLayer(_TellsTokens, DynamicLayer):
+    pass
+
+
+class _ToldStaticLayer(_TellsTokens, StaticLayer):
+    pass
+
+
+_TOLD: dict[type, type] = {DynamicLayer: _ToldDynamicLayer, StaticLayer: _ToldStaticLayer}
+
+
 def rotate(x_BHTC: Tensor, cos_BTC: Tensor, sin_BTC: Tensor) -> Tensor:
     """Rotate each pair (first half, second half) of the heads by the angles of its token."""
     cos, sin = (angles[:, None].to(x_BHTC.dtype) for angles in (cos_BTC, sin_BTC))
@@ -112,16 +180,42 @@ class TinyOnnRotaryEmbedding(nn.Module):
         along = max(1, pairs * 3 // 8)
         grid = config.position_type == "grid"
         self.pairs_per_axis = (along, along, pairs - 2 * along) if grid else (pairs,)
-        self.theta = config.rope_theta
+        self.config = config
+        config.check_rope()
 
-    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Angles for positions ``[axes, B, T]``."""
-        angles = [
-            position[..., None].float() * self._frequencies(pairs, position.device)
-            for position, pairs in zip(position_ids, self.pairs_per_axis, strict=True)
-        ]
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Angles, in the dtype of ``x``, for positions ``[B, T]`` or ``[axes, B, T]``.
+
+        Raises:
+            ValueError: for positions of another shape.
+        """
+        angles, scaling = [], 1.0
+        for position, pairs in zip(self._by_axis(position_ids), self.pairs_per_axis, strict=True):
+            frequencies, scaling = self._frequencies(pairs, position)
+            angles.append(position[..., None].float() * frequencies)
         angles_BTC = torch.cat(angles, dim=-1)
-        return angles_BTC.cos().to(dtype), angles_BTC.sin().to(dtype)
+        return (angles_BTC.cos() * scaling).to(x.dtype), (angles_BTC.sin() * scaling).to(x.dtype)
 
-    def _frequencies(self, pairs: int, device: torch.device) -> Tensor:
-        return self.theta ** -(torch.arange(pairs, device=device, dtype=torch.float32) / pairs)
+    def _by_axis(self, position_ids: Tensor) -> Tensor:
+        """Positions as ``[axes, B, T]``; a single axis stands for the columns of a grid model."""
+        axes = len(self.pairs_per_axis)
+        if position_ids.ndim == 3 and len(position_ids) == axes:
+            return position_ids
+        if position_ids.ndim != 2:
+            raise ValueError(
+                f"position_ids must have shape [B, T] or [{axes}, B, T] with position_type="
+                f"{self.config.position_type!r}. Got {list(position_ids.shape)}"
+            )
+        if axes == 1:
+            return position_ids[None]
+        zeros = torch.zeros_like(position_ids)
+        return torch.stack([zeros, position_ids, zeros])
+
+    def _frequencies(self, pairs: int, position: Tensor) -> tuple[Tensor, float]:
+        """Angles of a single step ``[pairs]``, and what the library scales cosine and sine by."""
+        kind = (self.config.rope_parameters or {}).get("rope_type", "default")
+        if kind != "default":
+            longest = int(position.max()) + 1 if kind in LENGTH_DEPENDENT else None
+            return ROPE_INIT_FUNCTIONS[kind](self.config, position.device, seq_len=longest)
+        steps = torch.arange(pairs, device=position.device, dtype=torch.float32) / pairs
+        return self.config.rope_theta**-steps, 1.0

@@ -72,7 +72,7 @@ class RoutedHeads(Experts):
 
         plan = self.plan(x, indices)
         if plan is None:
-            place_NKW = indices[:, :, None].expand(-1, -1, self.head_size)
+            place_NKW = indices[:, :, None].expand(-1, -1, q_proj.shape[1])
             queries_NEW = F.linear(x, q_proj.flatten(0, 1)).unflatten(1, (self.num_experts, -1))
             read_NKW = read(queries_NEW.gather(1, place_NKW))
             read_NEW = torch.zeros_like(queries_NEW).scatter(1, place_NKW, read_NKW)
