@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiny_onn.routing import GroupedExperts, LinearRouter, MixtureOfExperts
-from tiny_onn.routing.dispatch import dispatch
+from tiny_onn.routing.dispatch import dispatch, few_lengths
 from tiny_onn.routing.experts import Implementation
-from tiny_onn.routing.grouped import grouped_mm_accepts, row_multiple
+from tiny_onn.routing.grouped import few_lengths_pay, grouped_mm_accepts
 
 N, D, OUT, WIDTH, E = 23, 8, 12, 16, 4
 Kind = Literal["linear", "swiglu"]
@@ -251,28 +251,32 @@ def test_dispatch_sorts_pairs_by_expert_and_keeps_the_tokens_order() -> None:
     assert plan.slot.tolist() == [[2, 0], [1, 4], [3, 5]]
 
 
-@pytest.mark.parametrize("multiple", [2, 3, 8])
-def test_filled_runs_begin_and_end_on_a_multiple(multiple: int) -> None:
-    indices = torch.rand(40, E).topk(2).indices
-    plain, filled = dispatch(indices, E), dispatch(indices, E, multiple)
-    assert (filled.offsets % multiple == 0).all()
+def test_filled_runs_have_few_lengths() -> None:
+    indices = torch.randn(300, E).mul(torch.arange(1, E + 1)).topk(2).indices
+    plain, filled = dispatch(indices, E), dispatch(indices, E, filled=True)
     runs = [torch.diff(plan.offsets, prepend=plan.offsets.new_zeros(1)) for plan in (plain, filled)]
-    assert ((runs[1] - runs[0] >= 0) & (runs[1] - runs[0] < multiple)).all()
+    assert torch.equal(runs[1], few_lengths(runs[0])) and not torch.equal(*runs)
     assert len(filled.token) == filled.offsets[-1]
     # Each pair still stands in the run of its expert, and there with its token.
     expert = torch.searchsorted(filled.offsets, filled.slot.int(), right=True)
     assert torch.equal(expert, indices)
-    assert torch.equal(filled.token[filled.slot], torch.arange(40)[:, None].expand(40, 2))
-    assert filled.slot.flatten().unique().numel() == 80
+    assert torch.equal(filled.token[filled.slot], torch.arange(300)[:, None].expand(300, 2))
+    assert filled.slot.flatten().unique().numel() == 600
 
 
-def test_a_run_is_filled_up_by_a_sixteenth_at_most() -> None:
-    cpu = torch.device("cpu")
-    for rows in (1, 15, 31, 32, 100, 1000, 5000):
-        multiple = row_multiple(rows, torch.bfloat16, cpu)
-        assert multiple == 1 or rows / 32 < multiple <= rows / 16
-        assert row_multiple(rows, torch.float32, cpu) == 1
-        assert row_multiple(rows, torch.bfloat16, torch.device("meta")) == 1
+def test_few_lengths_are_few_and_little_longer() -> None:
+    counts = torch.arange(4097)
+    lengths = few_lengths(counts)
+    assert torch.equal(lengths[:33], counts[:33])
+    assert (lengths >= counts).all() and (16 * (lengths - counts) < counts.clamp(min=1)).all()
+    assert len(lengths.unique()) == 33 + 16 * 7
+    assert torch.equal(few_lengths(lengths), lengths)
+
+
+def test_lengths_are_few_where_products_are_compiled_one_by_one() -> None:
+    assert few_lengths_pay(torch.bfloat16, torch.device("cpu"))
+    assert not few_lengths_pay(torch.float32, torch.device("cpu"))
+    assert not few_lengths_pay(torch.bfloat16, torch.device("meta"))
 
 
 @pytest.mark.parametrize("name", ["num_experts", "hidden_size", "output_size", "intermediate_size"])

@@ -16,6 +16,9 @@ def tune() -> None:
     # everything two to five times as slow as soon as another program wants its core.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # oneDNN compiles each bfloat16 product of a new shape, in about a millisecond, and keeps 1,024
+    # of them; a model of many experts has more than that in use.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096")
     keep_memory()
 
 

@@ -141,7 +141,9 @@ def rotate(x_BHTC: Tensor, cos_BTC: Tensor, sin_BTC: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         first, second = x_BHTC.chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return _Rotate.apply(x_BHTC, cos, sin)
+    if torch.is_grad_enabled():
+        return _Rotate.apply(x_BHTC, cos, sin)
+    return _rotated(x_BHTC, cos, sin, 1)
 
 
 class _Rotate(torch.autograd.Function):

@@ -27,28 +27,35 @@ class Dispatch(NamedTuple):
     offsets: Tensor
 
 
-def dispatch(indices_NK: Tensor, num_experts: int, multiple: int = 1) -> Dispatch:
+def dispatch(indices_NK: Tensor, num_experts: int, filled: bool = False) -> Dispatch:
     """Sort the (token, expert) pairs by expert, keeping the tokens' order within an expert.
 
     Args:
         indices_NK: the chosen experts.
         num_experts: E.
-        multiple: every expert's run is filled up to a multiple of so many rows. The rows that
-            fill belong to no token's slot; what stands in them is never combined.
+        filled: whether every expert's run is filled up to one of :func:`few_lengths`. The rows
+            that fill belong to no token's slot; what stands in them is never combined.
     """
     experts_P = indices_NK.reshape(-1)
     sorted_P, order_P = experts_P.sort(stable=True)
     bounds_E = torch.arange(num_experts + 1, device=sorted_P.device)
     starts_E = torch.searchsorted(sorted_P, bounds_E)
-    filled_E = -(starts_E.diff() // -multiple) * multiple
-    ends_E = filled_E.cumsum(0)
+    lengths_E = few_lengths(starts_E.diff()) if filled else starts_E.diff()
+    ends_E = lengths_E.cumsum(0)
     # A pair moves by as much as the runs before its own were filled up.
-    moved_E = ends_E - filled_E - starts_E[:-1]
+    moved_E = ends_E - lengths_E - starts_E[:-1]
     place_P = torch.arange(len(sorted_P), device=sorted_P.device) + moved_E[sorted_P]
     slot_P = torch.empty_like(order_P).scatter_(0, order_P, place_P)
-    rows = len(sorted_P) if multiple == 1 else int(ends_E[-1])
+    rows = int(ends_E[-1]) if filled else len(sorted_P)
     token = order_P.new_zeros(rows).scatter_(0, place_P, order_P // indices_NK.shape[1])
     return Dispatch(token, slot_P.view_as(indices_NK), ends_E.to(torch.int32))
+
+
+def few_lengths(counts: Tensor) -> Tensor:
+    """The least numbers of five binary digits, followed by zeros, that are no less than counts: up
+    to any length few are different, and none is more than a sixteenth longer."""
+    unit = (counts.clamp(min=16).log2().floor() - 4).exp2().long()
+    return -(counts // -unit) * unit
 
 
 class Gather(torch.autograd.Function):

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from tiny_onn.routing.dispatch import Dispatch, Gather, Sum, dispatch, sort
 from tiny_onn.routing.grouped import (
+    few_lengths_pay,
     grouped_linear,
     grouped_mm_accepts,
     loop_linear,
-    row_multiple,
 )
 
 Implementation = Literal["auto", "grouped", "dense", "loop"]
@@ -29,6 +29,10 @@ Implementation = Literal["auto", "grouped", "dense", "loop"]
 SMALL_PRODUCTS, SMALL_BYTES = 1 << 25, 1 << 22
 """On a CPU so few products of tokens with all weights, where these fit a cache, take less time than
 sorting the tokens by expert does."""
+
+FEW_TOKENS = 32
+"""With so few tokens, as in decoding, most experts' weights are read whatever is computed: on a CPU
+one batched product with all of them reads these twice as fast as product by product the chosen."""
 
 
 Linear = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -111,15 +115,18 @@ class Experts(nn.Module):
         if self.implementation in ("grouped", "loop"):
             return self.implementation
         all_chosen = indices.shape[1] == self.num_experts
-        dense = self.implementation == "dense" or all_chosen or self._is_small(x)
+        dense = self.implementation == "dense" or all_chosen or self._is_small(x, indices)
         if dense and self.observer is None:
             return "dense"
         return "grouped" if accepts else "loop"
 
-    def _is_small(self, x: Tensor) -> bool:
+    def _is_small(self, x: Tensor, indices: Tensor) -> bool:
+        if x.device.type != "cpu":
+            return False
+        if len(x) <= FEW_TOKENS and indices.numel() >= self.num_experts:
+            return True
         weights = sum(weight.numel() for weight in self.parameters())
-        size = weights * x.element_size()
-        return x.device.type == "cpu" and len(x) * weights <= SMALL_PRODUCTS and size <= SMALL_BYTES
+        return len(x) * weights <= SMALL_PRODUCTS and weights * x.element_size() <= SMALL_BYTES
 
 
 class GroupedExperts(Experts):
@@ -187,13 +194,11 @@ class GroupedExperts(Experts):
     def _dense(self, x_ND: Tensor, weights_NE: Tensor) -> Tensor:
         """Every expert for every token; those that were not chosen weigh nothing."""
         if self.intermediate_size is None:
-            y_NEO = F.linear(x_ND, self.proj.to(x_ND.dtype).flatten(0, 1))
-            y_NEO = y_NEO.unflatten(1, (self.num_experts, -1))
-            return (weights_NE[:, None] @ y_NEO).squeeze(1)
-        gate_up = F.linear(x_ND, self.gate_up_proj.to(x_ND.dtype).flatten(0, 1))
-        gate_up_NEI = gate_up.unflatten(1, (self.num_experts, -1))
-        inner_NEI = swiglu(gate_up_NEI, weights_NE[:, :, None])
-        return sum_of_products(inner_NEI, self.down_proj.to(x_ND.dtype))
+            y_ENO = all_products(x_ND, self.proj.to(x_ND.dtype))
+            return (weights_NE[:, None] @ y_ENO.transpose(0, 1)).squeeze(1)
+        gate_up_ENI = all_products(x_ND, self.gate_up_proj.to(x_ND.dtype))
+        inner_ENI = swiglu(gate_up_ENI, weights_NE.t()[:, :, None])
+        return sum_of_products(inner_ENI, self.down_proj.to(x_ND.dtype))
 
     def extra_repr(self) -> str:
         kind = "linear" if self.intermediate_size is None else f"swiglu {self.intermediate_size}"
@@ -209,8 +214,8 @@ def sorted_plan(x: Tensor, indices: Tensor, num_experts: int, inner_size: int) -
 def _plan(x: Tensor, indices: Tensor, num_experts: int, grouped: bool) -> Plan:
     if not grouped:
         return Plan(dispatch(indices, num_experts), loop_linear)
-    multiple = row_multiple(indices.numel() // num_experts, x.dtype, x.device)
-    return Plan(dispatch(indices, num_experts, multiple), grouped_linear)
+    filled = few_lengths_pay(x.dtype, x.device)
+    return Plan(dispatch(indices, num_experts, filled), grouped_linear)
 
 
 def mixed_swiglu(
@@ -242,11 +247,11 @@ def _seen(linear: Linear, see: Callable[[Tensor, Tensor], object]) -> Linear:
 def swiglu(gate_up: Tensor, weights: Tensor | None = None) -> Tensor:
     """``silu(gate) * up * weights`` of a last dimension that holds both, gate first; the weights
     have a last dimension of 1."""
-    if torch.compiler.is_compiling():
-        gate, up = gate_up.chunk(2, -1)
-        inner = F.silu(gate) * up
-        return inner if weights is None else inner * weights
-    return _SwiGLU.apply(gate_up, weights)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _SwiGLU.apply(gate_up, weights)
+    gate, up = gate_up.chunk(2, -1)
+    inner = F.silu(gate) * up
+    return inner if weights is None else inner * weights
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -290,12 +295,20 @@ def dense_weights(
     return zeros.scatter(1, indices_NK, weights_NK).to(dtype)
 
 
-def sum_of_products(x_NEI: Tensor, weight_EOI: Tensor) -> Tensor:
-    """``sum_e weight[e] @ x[n, e]``, ``[N, O]``, by way of whichever is less: every expert's
+def all_products(x_ND: Tensor, weight_EOD: Tensor) -> Tensor:
+    """Every expert's ``weight[e] @ x[n]``, ``[E, N, O]``; of few tokens in a batch."""
+    if len(x_ND) <= FEW_TOKENS:
+        return torch.bmm(x_ND.expand(len(weight_EOD), -1, -1), weight_EOD.transpose(1, 2))
+    y_NEO = F.linear(x_ND, weight_EOD.flatten(0, 1)).unflatten(1, weight_EOD.shape[:2])
+    return y_NEO.transpose(0, 1)
+
+
+def sum_of_products(x_ENI: Tensor, weight_EOI: Tensor) -> Tensor:
+    """``sum_e weight[e] @ x[e, n]``, ``[N, O]``, by way of whichever is less: every expert's
     products, or a copy of the weights that has experts and inputs side by side."""
-    if len(x_NEI) < weight_EOI.shape[2]:
-        return torch.bmm(x_NEI.transpose(0, 1), weight_EOI.transpose(1, 2)).sum(0)
-    return x_NEI.flatten(1) @ weight_EOI.transpose(1, 2).flatten(0, 1)
+    if x_ENI.shape[1] < weight_EOI.shape[2]:
+        return torch.bmm(x_ENI, weight_EOI.transpose(1, 2)).sum(0)
+    return x_ENI.transpose(0, 1).flatten(1) @ weight_EOI.transpose(1, 2).flatten(0, 1)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

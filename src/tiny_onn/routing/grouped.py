@@ -39,15 +39,13 @@ def grouped_mm_accepts(dtype: torch.dtype, *widths: int) -> bool:
     return all(width * dtype.itemsize % 16 == 0 for width in widths)
 
 
-def row_multiple(rows_per_expert: int, dtype: torch.dtype, device: torch.device) -> int:
-    """To what multiple of rows an expert's run is filled up, about a sixteenth of its length.
+def few_lengths_pay(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether to fill up experts' runs, so that few are of different lengths.
 
     On a CPU every bfloat16 product of a new shape is compiled anew (about a millisecond); with
     runs of a few dozen lengths the compiled ones are found again.
     """
-    if device.type != "cpu" or dtype != torch.bfloat16 or torch.compiler.is_compiling():
-        return 1
-    return 1 << max(0, (rows_per_expert // 16).bit_length() - 1)
+    return device.type == "cpu" and dtype == torch.bfloat16 and not torch.compiler.is_compiling()
 
 
 @torch.library.custom_op("tiny_onn::grouped_linear", mutates_args=())

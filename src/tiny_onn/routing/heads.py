@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiny_onn.routing.dispatch import Gather, Sum, Unsort, sort
 from tiny_onn.routing.experts import (
     Experts,
     Implementation,
+    all_products,
     check_sizes,
     compute_dtype,
     sum_of_products,
@@ -72,11 +72,12 @@ class RoutedHeads(Experts):
 
         plan = self.plan(x, indices)
         if plan is None:
-            place_NKW = indices[:, :, None].expand(-1, -1, q_proj.shape[1])
-            queries_NEW = F.linear(x, q_proj.flatten(0, 1)).unflatten(1, (self.num_experts, -1))
-            read_NKW = read(queries_NEW.gather(1, place_NKW))
-            read_NEW = torch.zeros_like(queries_NEW).scatter(1, place_NKW, read_NKW)
-            return sum_of_products(read_NEW, o_proj)
+            queries_ENW = all_products(x, q_proj)
+            place_KNW = indices.t()[:, :, None].expand(-1, -1, q_proj.shape[1])
+            read_NKW = read(queries_ENW.gather(0, place_KNW).transpose(0, 1))
+            zeros_ENW = torch.zeros_like(queries_ENW)
+            read_ENW = zeros_ENW.scatter(0, place_KNW, read_NKW.transpose(0, 1))
+            return sum_of_products(read_ENW, o_proj)
         (token, slot, offsets), linear = plan
         queries_PW = linear(Gather.apply(x, token, slot), q_proj, offsets)
         read_PW = sort(read(Unsort.apply(queries_PW, slot)), slot, len(token))
