@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 
-from tiny_onn.shaping.moments import mean_roots, second_moments
+from tiny_onn.shaping.moments import MeanRoots, second_moments
 from tiny_onn.shaping.sites import Routes, Site, UpdateWatch
 
 
@@ -32,7 +32,7 @@ def fisher_cost(second_moments: Iterable[Tensor], samples: int | None = None) ->
         second_moments: ``v`` of each of the site's expert parameters, ``[E, ...]``.
         samples: about how many entries of each expert are read, evenly spread; None reads all.
     """
-    return _relative(mean_roots([list(second_moments)], samples)[0])
+    return _relative(MeanRoots(samples)([list(second_moments)])[0])
 
 
 def _relative(cost_E: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class FisherShaper:
         share: that share.
         auto_updates: how many updates those are.
         samples: about how many entries of each expert's second moment are read, evenly spread; None
-            reads all. 2048 give the cost to about one per cent (docs/log.md).
+            reads all. 2048 give the cost to about two per cent (docs/log.md).
         per_load: divide each cost by the expert's share of the routes, a running mean over about
             100 forwards: for the study of how cost and load hang together.
     """
@@ -74,7 +74,7 @@ class FisherShaper:
             raise ValueError(f'cost_alpha must be a number or "auto". Got {cost_alpha!r}')
         self.w_entropy = w_entropy
         self.share = share
-        self.samples = samples
+        self._mean_roots = MeanRoots(samples)
         self.per_load = per_load
         self._alpha: float | Tensor = 0.0 if cost_alpha == "auto" else cost_alpha
         self._updates_left = auto_updates if cost_alpha == "auto" else 0
@@ -157,7 +157,7 @@ class FisherShaper:
             for site in self._costs
         }
         known = {site: found for site, found in moments.items() if found is not None}
-        roots = mean_roots(list(known.values()), self.samples)
+        roots = self._mean_roots(list(known.values())) if known else []
         if len({len(root_E) for root_E in roots}) == 1:
             costs = list(_relative(torch.stack(roots)).unbind())
         else:
@@ -228,20 +228,36 @@ class _PricedEntropy(torch.autograd.Function):
     def forward(ctx: Any, price_SE: Tensor, w_entropy: float, *logits: Tensor) -> Tensor:
         ctx.save_for_backward(price_SE, *logits)
         ctx.w_entropy = w_entropy
-        log_p = torch.stack(logits).log_softmax(-1)
+        stacked, experts, tokens = _stack(logits)
+        if not w_entropy:
+            return torch.dot(stacked.softmax(experts).sum(tokens).flatten(), price_SE.flatten()) / (
+                stacked.numel() // price_SE.shape[1]
+            )
+        log_p = stacked.log_softmax(experts)
         p = log_p.exp()
         negentropy = torch.dot(p.flatten(), log_p.flatten())
-        paid = (p.sum(1) * price_SE).sum()
-        return (paid - w_entropy * negentropy) / log_p[..., 0].numel()
+        paid = torch.dot(p.sum(tokens).flatten(), price_SE.flatten())
+        return (paid - w_entropy * negentropy) / (p.numel() // price_SE.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         price_SE, *logits = ctx.saved_tensors
-        stacked = torch.stack(logits)
-        p = stacked.softmax(-1)
+        stacked, experts, tokens = _stack(logits)
+        p = stacked.softmax(experts)
+        price = price_SE.unsqueeze(tokens)
         # As that of sum_e p_e q_e with q held fixed: of w sum_e p_e log p_e only p's share is left,
         # and of log p the logits, as what is the same for all experts makes no difference.
-        q = torch.sub(price_SE[:, None], stacked, alpha=ctx.w_entropy)
-        grad_logits = torch._softmax_backward_data(q, p, -1, p.dtype)
-        return None, None, *grad_logits.mul_(grad / p[..., 0].numel()).unbind()
+        w = ctx.w_entropy
+        q = torch.sub(price, stacked, alpha=w) if w else price.expand_as(p)
+        grad_logits = torch._softmax_backward_data(q, p, experts, p.dtype)
+        grad_logits.mul_(grad / (p.numel() // price_SE.shape[1]))
+        return None, None, *grad_logits.movedim(experts, 2).unbind()
+
+
+def _stack(logits: Sequence[Tensor]) -> tuple[Tensor, int, int]:
+    """Logits ``[N, E]`` of S sites in one tensor, and its dimensions of experts and of tokens: a
+    softmax over a few numbers side by side takes several times as long as one across rows."""
+    if logits[0].shape[1] < 16:
+        return torch.stack([x_NE.t() for x_NE in logits]), 1, 2
+    return torch.stack(list(logits)), 2, 1

@@ -5,7 +5,9 @@ Shapes: S sites, E experts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from operator import is_not
 from typing import Any
 
 import torch
@@ -13,6 +15,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from tiny_onn.shaping.sites import Site
+
+ADJACENT = 8
+"""Entries that are read side by side: memory comes in lines, of which single entries waste most."""
 
 
 def second_moments(
@@ -50,44 +55,63 @@ def second_moments(
     return [state[parameter]["exp_avg_sq"] for parameter in parameters.values()]
 
 
-@torch.no_grad()
-def mean_roots(moments: Sequence[Sequence[Tensor]], samples: int | None) -> list[Tensor]:
-    """The mean of ``sqrt(v)`` over each expert's entries, float32 ``[E]`` a site.
+class MeanRoots:
+    """The mean of ``sqrt(v)`` over each expert's entries, of moments read again and again.
 
     Args:
-        moments: ``v`` of the expert parameters ``[E, ...]`` of each site.
-        samples: about how many entries of each expert are read, at equal distances over all of its
-            parameters alike; None for all.
+        samples: about how many entries of each expert are read, eight and eight at equal distances
+            over all of its parameters alike; None for all.
     """
-    read = [_entries(site, samples) for site in moments]
-    shapes = [[tuple(v.shape) for v in site] for site in read]
-    if not read or any(shape != shapes[0] for shape in shapes) or _is_sharded(read[0][0]):
-        return [_mean_root(site) for site in read]
-    # Sites of the same form are read in one go.
-    entries = torch.cat([v for site in read for v in site], dim=1).float()
-    means_ES = entries.sqrt_().unflatten(1, (len(read), -1)).mean(-1)
-    return list(means_ES.unbind(1))
+
+    def __init__(self, samples: int | None = None) -> None:
+        self.samples = samples
+        self._known: list[Tensor] = []
+        self._forms: list[tuple[list[int], list[Tensor]]] = []
+
+    @torch.no_grad()
+    def __call__(self, moments: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """Float32 ``[E]`` a site, from ``v`` of the expert parameters ``[E, ...]`` of each."""
+        if _is_sharded(moments[0][0]):
+            return [_sharded_mean_root(site) for site in moments]
+        given = [v for site in moments for v in site]
+        if len(given) != len(self._known) or any(map(is_not, given, self._known)):
+            self._known, self._forms = given, self._views(moments)
+        found: dict[int, Tensor] = {}
+        for sites, views in self._forms:
+            roots = torch.cat(views, dim=1).float().sqrt_()
+            means_ES = roots.view(len(roots), len(sites), -1).mean(-1)
+            found |= zip(sites, means_ES.unbind(1), strict=True)
+        return [found[i] for i in range(len(moments))]
+
+    def _views(self, moments: Sequence[Sequence[Tensor]]) -> list[tuple[list[int], list[Tensor]]]:
+        """Sites of the same form, which are read in one go, and the entries ``[E, n, m]`` to read
+        of them: views, which see what the optimizer makes of its moments."""
+        forms: dict[tuple[Any, ...], tuple[list[int], list[Tensor]]] = {}
+        for i, site in enumerate(moments):
+            entries = _entries(site, self.samples)
+            sites, views = forms.setdefault(tuple(v.shape for v in entries), ([], []))
+            sites.append(i)
+            views += entries
+        return list(forms.values())
 
 
 def _entries(moments: Sequence[Tensor], samples: int | None) -> list[Tensor]:
-    """The entries to read of each parameter, ``[E, n]``.
+    """The entries to read of each parameter, ``[E, n, m]``.
 
     Their distance is odd: rows mostly have a power of two of entries, and an even distance would
     meet the same columns again and again.
     """
-    most = sum(v[0].numel() for v in moments)
-    if samples is None or most <= samples or _is_sharded(moments[0]):
-        return [v.flatten(1) for v in moments]
-    return [v.flatten(1)[:, :: (most // samples) | 1] for v in moments]
+    sizes = [v[0].numel() for v in moments]
+    adjacent = math.gcd(ADJACENT, *sizes)
+    distance = 1 if samples is None or sum(sizes) <= samples else (sum(sizes) // samples) | 1
+    return [v.flatten(1).unflatten(1, (-1, adjacent))[:, ::distance] for v in moments]
 
 
-def _mean_root(entries: Sequence[Tensor]) -> Tensor:
-    total_E = sum(v.float().sqrt().sum(-1) for v in entries)
+def _sharded_mean_root(moments: Sequence[Tensor]) -> Tensor:
+    """Of experts in several processes each sums its own, and all are told."""
+    total_E = sum(v.flatten(1).float().sqrt().sum(-1) for v in moments)
     assert isinstance(total_E, Tensor), "a site has at least one parameter"
-    # Experts in several processes: each sums its own, and all are told.
-    if _is_sharded(total_E):
-        total_E = total_E.full_tensor()  # type: ignore[attr-defined]
-    return total_E / sum(v.shape[1] for v in entries)
+    return total_E.full_tensor() / sum(v[0].numel() for v in moments)  # type: ignore[attr-defined]
 
 
 def _is_sharded(v: Tensor) -> bool:
