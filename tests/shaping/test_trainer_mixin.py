@@ -35,13 +35,13 @@ def make_trainer(tmp_path: Path) -> Any:
             "per_device_train_batch_size": 4,
             "logging_steps": 1,
             "learning_rate": 1e-2,
+            "save_strategy": "no",
         }
         arguments = TrainingArguments(
             str(tmp_path),
             use_cpu=True,
             report_to=[],
             disable_tqdm=True,
-            save_strategy="no",
             dataloader_pin_memory=False,
             **settings | options,
         )
@@ -140,6 +140,23 @@ def test_micro_batches_are_logged_as_their_mean(make_trainer: Any) -> None:
     )
     trainer.train()
     assert logged(trainer, "shaping_loss") == [1.5, 3.5, 5.5]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_weight_of_the_cost_follows_the_main_loss(parts: int, make_trainer: Any) -> None:
+    """``"auto"``, a share of the loss of a whole update however it is divided; and where a
+    checkpoint is resumed, the weight is that of the run that saved it."""
+    options = {"cost_alpha": "auto", "share": 0.05, "auto_updates": 2, "w_entropy": 0.0}
+    settings = {"gradient_accumulation_steps": parts, "per_device_train_batch_size": 8 // parts}
+    trainer = make_trainer(make_model("olmoe"), options, save_strategy="steps", **settings)
+    trainer.train()
+    total, term = logged(trainer, "loss"), logged(trainer, "shaping_loss")
+    assert term[0] / (total[0] - term[0]) == pytest.approx(0.05, rel=1e-2)
+    alpha = trainer.shaping.shaper.diagnostics["cost_alpha"]
+    again = make_trainer(make_model("olmoe"), options, max_steps=4, **settings)
+    again.train(resume_from_checkpoint=str(Path(trainer.args.output_dir) / "checkpoint-3"))
+    assert again.shaping.shaper.diagnostics["cost_alpha"] == alpha
+    assert not again.shaping.shaper.needs_main_loss
 
 
 def test_a_loss_that_says_it_is_scaled_is_believed(make_trainer: Any) -> None:

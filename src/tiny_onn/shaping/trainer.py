@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -13,6 +15,10 @@ if TYPE_CHECKING:
 else:
     # The library takes seconds to import; the class that is mixed in brings it along.
     Trainer = object
+
+
+STATE_FILE = "routing_shaping.json"
+"""What the strategies remember, in a checkpoint's folder."""
 
 
 class RoutingShapingMixin(Trainer):
@@ -28,7 +34,7 @@ class RoutingShapingMixin(Trainer):
     process); evaluation is left alone. A micro-batch weighs one over their number in an update,
     also where the library weighs its own loss by the number of labels. A model's own auxiliary
     loss is added where its config says so (``output_router_logits=True``); to shape in its place,
-    leave that off.
+    leave that off. What a strategy remembers is saved in the Trainer's checkpoints.
 
     Args:
         shaping: arguments of :func:`~tiny_onn.shaping.shape_routing` other than model and
@@ -43,6 +49,7 @@ class RoutingShapingMixin(Trainer):
         super().__init__(*args, **kwargs)
         self._shaping_options = dict(shaping or {})
         self._unlogged: tuple[Tensor | float, int] = (0.0, 0)
+        self._loaded: dict[str, Any] = {}
         self.shaping: ShapedRouting = self._shape()
 
     def compute_loss(
@@ -69,12 +76,12 @@ class RoutingShapingMixin(Trainer):
         loss, outputs = super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
-        term = self.shaping.loss(inputs.get("attention_mask"))
+        scaled = self._is_scaled(num_items_in_batch)
+        parts = self.current_gradient_accumulation_steps if scaled else 1
+        term = self.shaping.loss(inputs.get("attention_mask"), main_loss=loss * parts)
         total, count = self._unlogged
         self._unlogged = (total + term.detach(), count + 1)
-        if self._is_scaled(num_items_in_batch):
-            term = term / self.current_gradient_accumulation_steps
-        loss = loss + term
+        loss = loss + term / parts
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -85,8 +92,21 @@ class RoutingShapingMixin(Trainer):
             self._unlogged = (0.0, 0)
         super().log(logs, *args, **kwargs)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            state = json.dumps(self.shaping.shaper.state_dict())
+            Path(output_dir, STATE_FILE).write_text(state, encoding="utf-8")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and Path(checkpoint, STATE_FILE).is_file():
+            self._loaded = json.loads(Path(checkpoint, STATE_FILE).read_text(encoding="utf-8"))
+
     def _shape(self) -> ShapedRouting:
-        return shape_routing(self.model, self.optimizer, **self._shaping_options)
+        shaping = shape_routing(self.model, self.optimizer, **self._shaping_options)
+        shaping.shaper.load_state_dict(self._loaded)
+        return shaping
 
     def _is_scaled(self, num_items_in_batch: Any) -> bool:
         """Whether the Trainer takes the loss for one that is already divided by the number of
