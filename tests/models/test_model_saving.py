@@ -64,6 +64,14 @@ def test_what_a_checkpoint_lacks_is_drawn_and_the_rest_is_kept(
             assert torch.equal(weight, model.state_dict()[name]), name
 
 
+def test_what_weights_are_drawn_from(make_model: MakeModel) -> None:
+    model = make_model(hidden_size=64, vocab_size=300, initializer_range=0.5)
+    layer = model.model.layers[0]
+    assert 0.48 < model.model.embed_tokens.weight.std() < 0.52
+    for weight in (layer.self_attn.kv_proj.weight, layer.mlp.experts.gate_up_proj):
+        assert 0.9 < weight.std() * 8 < 1.1
+
+
 @pytest.mark.parametrize("router", ROUTERS)
 def test_initialisation_on_the_meta_device(make_model: MakeModel, router: str) -> None:
     """A model built without memory and then initialised is as good as one built in place."""

@@ -55,6 +55,8 @@ class TinyOnnConfig(PreTrainedConfig):
         row_end_token_id, grid_token_ids: the tokens that end a row and that start a grid.
         rope_parameters: ``rope_theta`` and ``rope_type``, with what this takes; on grids it is
             ``"default"``, on sequences any of the library's.
+        initializer_range: standard deviation of the embeddings as they are drawn; that of a matrix
+            is one over the root of its inputs.
         hidden_dropout: dropout on the output of attention and experts, in training.
         router_aux_loss_coef: weight of the library's load-balancing loss when router logits are
             asked for; 0 leaves the shaping of routes to ``tiny_onn.shaping``.
