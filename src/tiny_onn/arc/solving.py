@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,34 +83,32 @@ def solve(
         TrainingError: when training breaks down.
         StoppedError: when ``stop`` ended it.
     """
-    recipe = recipe or Recipe()
-    run = TrainingRun(tasks, recipe, device)
-    _train(run, out, resume, on_start, on_step, stop)
-    start = time.perf_counter()
-    candidates = answer(run, tasks, on_decode)
-    decode_seconds = time.perf_counter() - start
-    if out is not None:
-        run.routes.write(out / "routing.json", tasks, candidates)
-    return Solution(
-        attempts={key: [attempts(c) for c in tests] for key, tests in candidates.items()},
-        candidates=candidates,
-        train_seconds=run.seconds,
-        decode_seconds=decode_seconds,
-        steps=run.step,
-        tokens=run.tokens,
-        padding=1 - run.tokens / run.computed_tokens if run.computed_tokens else 0.0,
-        parameters=sum(p.numel() for p in run.model.parameters()),
+    run = train(
+        tasks,
+        recipe,
+        out=out,
+        resume=resume,
+        device=device,
+        on_start=on_start,
+        on_step=on_step,
+        stop=stop,
     )
+    return solution(run, tasks, out=out, on_decode=on_decode)
 
 
-def _train(
-    run: TrainingRun,
-    out: Path | None,
-    resume: bool,
-    on_start: Callable[[], None],
-    on_step: StepObserver | None,
-    stop: Callable[[], bool],
-) -> None:
+def train(
+    tasks: Sequence[Task],
+    recipe: Recipe | None = None,
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    device: str = "cpu",
+    on_start: Callable[[], None] = lambda: None,
+    on_step: StepObserver | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> TrainingRun:
+    """The first half of :func:`solve`, from the same arguments: a run that has been trained."""
+    run = TrainingRun(tasks, recipe or Recipe(), device)
     checkpoints = None
     logs: list[MetricsLog | TensorBoardLog] = []
     if out is not None:
@@ -137,16 +135,71 @@ def _train(
     finally:
         for log in logs:
             log.close()
+    return run
+
+
+def trained(
+    tasks: Sequence[Task], recipe: Recipe, out: Path, *, device: str = "cpu"
+) -> TrainingRun:
+    """The run whose newest checkpoint is in ``out``.
+
+    Raises:
+        ValueError: if there is none, or it is of other tasks or another model.
+    """
+    checkpoints = Checkpoints(out / "checkpoint")
+    newest = checkpoints.latest()
+    if newest is None:
+        raise ValueError(f"{out}: there is no checkpoint")
+    run = TrainingRun(tasks, recipe, device)
+    run.restore(checkpoints, newest)
+    return run
+
+
+def solution(
+    run: TrainingRun,
+    tasks: Sequence[Task],
+    *,
+    ids: Collection[str] | None = None,
+    out: Path | None = None,
+    on_decode: Callable[[int, int], None] | None = None,
+) -> Solution:
+    """The second half of :func:`solve`: answer the test inputs of the run's tasks.
+
+    Args:
+        tasks: all tasks of the run; ids: those to answer, all by default.
+        out, on_decode: see :func:`solve`.
+    """
+    start = time.perf_counter()
+    candidates = answer(run, tasks, ids, on_decode)
+    decode_seconds = time.perf_counter() - start
+    if out is not None:
+        run.routes.write(out / "routing.json", tasks, candidates)
+    return Solution(
+        attempts={key: [attempts(c) for c in tests] for key, tests in candidates.items()},
+        candidates=candidates,
+        train_seconds=run.seconds,
+        decode_seconds=decode_seconds,
+        steps=run.step,
+        tokens=run.tokens,
+        padding=1 - run.tokens / run.computed_tokens if run.computed_tokens else 0.0,
+        parameters=sum(p.numel() for p in run.model.parameters()),
+    )
 
 
 def answer(
-    run: TrainingRun, tasks: Sequence[Task], on_decode: Callable[[int, int], None] | None = None
+    run: TrainingRun,
+    tasks: Sequence[Task],
+    ids: Collection[str] | None = None,
+    on_decode: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[list[Candidate]]]:
-    """Decode every test input under many views and rank the answers, best first."""
+    """Decode the test inputs under many views and rank the answers, best first; arguments as of
+    :func:`solution`."""
     recipe = run.recipe
+    asked = [(i, task) for i, task in enumerate(tasks) if ids is None or task.id in ids]
     prompts = make_prompts(
         tasks, recipe.decode, seed=recipe.seed, keep_background=recipe.batches.keep_background
     )
+    prompts = [prompt for prompt in prompts if ids is None or tasks[prompt.task].id in ids]
     enabled = uses_bfloat16(recipe.training.precision, run.model.device)
     with torch.autocast(run.model.device.type, dtype=torch.bfloat16, enabled=enabled):
         decoded = decode(run.model, prompts, recipe.decode, on_progress=on_decode)
@@ -155,7 +208,7 @@ def answer(
                 _ranked(run, [d for d in decoded if (d.prompt.task, d.prompt.test) == (i, j)])
                 for j in range(len(task.test))
             ]
-            for i, task in enumerate(tasks)
+            for i, task in asked
         }
 
 

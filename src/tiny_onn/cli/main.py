@@ -20,6 +20,8 @@ from tiny_onn.cli.process import tune
 
 COMMANDS = {
     "solve": "Train on the demonstrations of the chosen tasks; answer each test input twice.",
+    "train": "Train a checkpoint on the demonstrations of the chosen tasks.",
+    "eval": "Answer the tests of the tasks that a checkpoint was trained on.",
     "data": "List, show and check tasks.",
     "report": "Write the HTML report of a run again.",
     "bench": "Speed and memory, ours beside the peers.",

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from tiny_onn.cli import options as opt
-
-if TYPE_CHECKING:
-    from tiny_onn.arc.recipe import Recipe
-    from tiny_onn.arc.scoring import Score
-    from tiny_onn.arc.solving import Solution
+from tiny_onn.cli import runs
 
 
 def solve(
@@ -35,21 +27,7 @@ def solve(
     debug: opt.Debug = False,
 ) -> None:
     """Train on the demonstrations of the chosen tasks; answer each test input twice."""
-    import torch
-
-    from tiny_onn.arc import load_tasks
-    from tiny_onn.arc.recipe import Recipe
-    from tiny_onn.arc.report import write_report
-    from tiny_onn.arc.scoring import score
-    from tiny_onn.arc.solving import solve as solve_tasks
-    from tiny_onn.cli.display import RunDisplay
-    from tiny_onn.cli.results import print_results, write_results, write_tasks
-    from tiny_onn.config import dump_config, load_config
-    from tiny_onn.runinfo import run_info
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    overrides = {
+    settings = {
         "data.source": data,
         "data.tasks": tasks,
         "data.max_cells": max_cells,
@@ -59,28 +37,21 @@ def solve(
         "seed": seed,
         "training.checkpoint_every": checkpoint_every,
     }
-    if resume and config is None:
-        config = out / "config.toml"
-        if not config.exists():
-            raise ValueError(f"{out}: there is no run to go on with")
-    recipe = load_config(Recipe, config, overrides)
-    chosen = load_tasks(
-        recipe.data.source,
-        split=recipe.data.split,
-        ids=recipe.data.tasks or None,
-        max_cells=recipe.data.max_cells,
-        skip_bad=skip_bad,
-    )
-    console = opt.console(json)
-    for problem in chosen.problems:
-        opt.warn(f"skipped: {problem}")
+    runs.use_threads(threads)
+    recipe = runs.read_recipe(out, config, resume, settings)
+    chosen = runs.chosen_tasks(recipe, skip_bad)
+    from tiny_onn.arc.solving import solve as solve_tasks
+    from tiny_onn.cli.display import RunDisplay
+    from tiny_onn.cli.results import write_tasks
+    from tiny_onn.config import dump_config
 
     def on_decode(done: int, total: int) -> None:
         if stopping:
             raise KeyboardInterrupt
         display.on_decode(done, total)
 
-    with RunDisplay(console) as display, _stop_signals() as stopping:
+    console = opt.console(json)
+    with RunDisplay(console) as display, runs.stop_signals() as stopping:
         solution = solve_tasks(
             chosen,
             recipe,
@@ -92,42 +63,4 @@ def solve(
             on_decode=on_decode,
             stop=lambda: bool(stopping),
         )
-    found = score(solution.attempts, chosen.answers)
-    result = _result(recipe, solution, found) | run_info(recipe.seed)
-    write_results(out, chosen, solution, result)
-    print_results(console, chosen, solution, found)
-    console.print(f"report: {write_report(out)}", highlight=False, soft_wrap=True)
-    if json:
-        opt.print_json(result)
-
-
-def _result(recipe: Recipe, solution: Solution, found: Score) -> dict[str, Any]:
-    return found.to_json() | {
-        "train_seconds": round(solution.train_seconds, 2),
-        "decode_seconds": round(solution.decode_seconds, 2),
-        "tokens_per_second": round(solution.tokens_per_second, 1),
-        "tokens": solution.tokens,
-        "padding": round(solution.padding, 4),
-        "parameters": solution.parameters,
-        "steps": solution.steps,
-        "views": recipe.decode.views,
-    }
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM, so that training can stop between two steps; a second one of
-    them acts as ever."""
-    caught: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        caught.append(number)
-        signal.signal(number, signal.default_int_handler)
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, note) for number in numbers]
-    try:
-        yield caught
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+    runs.finish(out, chosen, recipe, solution, console, json)

@@ -9,7 +9,7 @@ more tokens costs more of what it knows. FARS charges each token for the experts
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -67,7 +67,7 @@ class FisherShaper:
         *,
         share: float = 0.02,
         auto_updates: int = 100,
-        samples: int | None = 2048,
+        samples: int | None = 1024,
         per_load: bool = False,
     ) -> None:
         if isinstance(cost_alpha, str) and cost_alpha != "auto":
@@ -228,36 +228,45 @@ class _PricedEntropy(torch.autograd.Function):
     def forward(ctx: Any, price_SE: Tensor, w_entropy: float, *logits: Tensor) -> Tensor:
         ctx.save_for_backward(price_SE, *logits)
         ctx.w_entropy = w_entropy
-        stacked, experts, tokens = _stack(logits)
-        if not w_entropy:
-            return torch.dot(stacked.softmax(experts).sum(tokens).flatten(), price_SE.flatten()) / (
-                stacked.numel() // price_SE.shape[1]
-            )
-        log_p = stacked.log_softmax(experts)
-        p = log_p.exp()
-        negentropy = torch.dot(p.flatten(), log_p.flatten())
-        paid = torch.dot(p.sum(tokens).flatten(), price_SE.flatten())
-        return (paid - w_entropy * negentropy) / (p.numel() // price_SE.shape[1])
+        paid = []
+        for price, stacked, experts, tokens in _portions(price_SE, logits):
+            if w_entropy:
+                log_p = stacked.log_softmax(experts)
+                p = log_p.exp()
+                paid.append(-w_entropy * torch.dot(p.flatten(), log_p.flatten()))
+            else:
+                p = stacked.softmax(experts)
+            paid.append(torch.dot(p.sum(tokens).flatten(), price.flatten()))
+        return torch.stack(paid).sum() / (len(logits) * len(logits[0]))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         price_SE, *logits = ctx.saved_tensors
-        stacked, experts, tokens = _stack(logits)
-        p = stacked.softmax(experts)
-        price = price_SE.unsqueeze(tokens)
-        # As that of sum_e p_e q_e with q held fixed: of w sum_e p_e log p_e only p's share is left,
-        # and of log p the logits, as what is the same for all experts makes no difference.
-        w = ctx.w_entropy
-        q = torch.sub(price, stacked, alpha=w) if w else price.expand_as(p)
-        grad_logits = torch._softmax_backward_data(q, p, experts, p.dtype)
-        grad_logits.mul_(grad / (p.numel() // price_SE.shape[1]))
-        return None, None, *grad_logits.movedim(experts, 2).unbind()
+        w, share = ctx.w_entropy, grad / (len(logits) * len(logits[0]))
+        grads: list[Tensor] = []
+        for price, stacked, experts, tokens in _portions(price_SE, logits):
+            p = stacked.softmax(experts)
+            # As that of sum_e p_e q_e with q held fixed: of w sum_e p_e log p_e only p's share is
+            # left, and of log p the logits, as what is the same for all experts makes no
+            # difference.
+            price = price.unsqueeze(tokens)
+            q = torch.sub(price, stacked, alpha=w) if w else price.expand_as(p)
+            grad_logits = torch._softmax_backward_data(q, p, experts, p.dtype).mul_(share)
+            grads += grad_logits.movedim(experts, 2).unbind()
+        return None, None, *grads
 
 
-def _stack(logits: Sequence[Tensor]) -> tuple[Tensor, int, int]:
-    """Logits ``[N, E]`` of S sites in one tensor, and its dimensions of experts and of tokens: a
-    softmax over a few numbers side by side takes several times as long as one across rows."""
-    if logits[0].shape[1] < 16:
-        return torch.stack([x_NE.t() for x_NE in logits]), 1, 2
-    return torch.stack(list(logits)), 2, 1
+def _portions(
+    price_SE: Tensor, logits: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, Tensor, int, int]]:
+    """Prices and stacked logits of the sites, and the logits' dimensions of experts and of tokens.
+
+    A CPU takes one site after the other, which stay in its cache; and a softmax over a few numbers
+    side by side takes it several times as long as one across rows.
+    """
+    few = logits[0].shape[1] < 16
+    sites = 1 if logits[0].device.type == "cpu" else len(logits)
+    for i in range(0, len(logits), sites):
+        rows = [x_NE.t() if few else x_NE for x_NE in logits[i : i + sites]]
+        yield price_SE[i : i + sites], torch.stack(rows), *((1, 2) if few else (2, 1))
