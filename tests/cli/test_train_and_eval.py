@@ -2,6 +2,10 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -76,6 +80,29 @@ def test_train_goes_on_where_it_stopped(place, capfd):
     rows = [json.loads(line) for line in (place / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert result["loss"] == pytest.approx(sum(row["loss"] for row in rows) / 6)
+
+
+def test_a_killed_run_goes_on_to_the_same_losses(place, capfd):
+    assert train(place, out="whole", steps=60) == 0
+    out = place / "killed"
+    words = ["train", "--data", place / "tasks", "--config", place / "small.toml", "--steps", 60]
+    words += ["--checkpoint-every", 4, "--threads", 1, "--out", out]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tiny_onn", *map(str, words)], stdout=subprocess.DEVNULL
+    )
+    log, deadline = out / "metrics.jsonl", time.monotonic() + 120
+    while not log.exists() or log.read_bytes().count(b"\n") < 6:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert log.read_bytes().count(b"\n") < 60
+    assert run("train", "--out", out, "--resume", "--threads", 1) == 0
+    losses = [
+        [(row["step"], row["loss"]) for row in map(json.loads, path.read_text().splitlines())]
+        for path in (log, place / "whole/metrics.jsonl")
+    ]
+    assert len(losses[0]) == 60 and losses[0] == losses[1]
 
 
 def test_some_tasks_are_answered_as_among_all(place, capfd):
