@@ -30,7 +30,7 @@ def bench_optim(
     from tiny_onn.arc.recipe import Recipe
     from tiny_onn.benchmarks.optim import bench_optim as measure
 
-    set_threads(threads)
+    opt.use_threads(threads)
     recipe = Recipe()
     tasks = list(load_tasks(recipe.data.source, max_cells=25))
     show(measure(recipe, tasks, rounds=rounds, steps=steps), json)
@@ -47,7 +47,7 @@ def bench_model(
     """Tokens a second, beside transformers' Qwen3-MoE and a dense model."""
     from tiny_onn.benchmarks.model import bench_model as measure
 
-    set_threads(threads)
+    opt.use_threads(threads)
     show(measure(rounds=rounds, compiled=compiled), json)
 
 
@@ -61,16 +61,8 @@ def bench_shaping(
     """What FARS adds to a training step, beside SARS and the balance loss."""
     from tiny_onn.benchmarks.shaping import bench_shaping as measure
 
-    set_threads(threads)
+    opt.use_threads(threads)
     show(measure(rounds=rounds), json)
-
-
-def set_threads(threads: int | None) -> None:
-    """Compute with so many threads, or torch's choice."""
-    import torch
-
-    if threads is not None:
-        torch.set_num_threads(threads)
 
 
 def show(result: dict[str, Any], json: bool) -> None:

@@ -25,7 +25,7 @@ def eval(
     What it finds goes into the folder eval in there. --data may name another copy of the tasks, for
     example one that comes with their answers.
     """
-    runs.use_threads(threads)
+    opt.use_threads(threads)
     recipe = runs.read_recipe(out, config, resume=True, settings={})
     learnt = runs.learnt_tasks(out, data)
     from tiny_onn.arc.solving import solution, trained

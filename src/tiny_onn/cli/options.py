@@ -41,6 +41,14 @@ Json = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
+def use_threads(threads: int | None) -> None:
+    """Compute with so many CPU threads, or as many as torch likes."""
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
 def console(json: bool = False) -> Console:
     """Where a command writes for people: stdout, or stderr when stdout is for JSON."""
     return Console(stderr=json)

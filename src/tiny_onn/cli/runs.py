@@ -70,14 +70,6 @@ def learnt_tasks(out: Path, source: str | None) -> TaskSet:
     return TaskSet(map(tasks.get, ids), tasks.answers, splits=splits, source=tasks.source)
 
 
-def use_threads(threads: int | None) -> None:
-    """Compute with so many CPU threads, or as many as torch likes."""
-    import torch
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-
-
 def finish(
     out: Path, tasks: TaskSet, recipe: Recipe, solution: Solution, console: Console, json: bool
 ) -> None:

@@ -37,7 +37,7 @@ def solve(
         "seed": seed,
         "training.checkpoint_every": checkpoint_every,
     }
-    runs.use_threads(threads)
+    opt.use_threads(threads)
     recipe = runs.read_recipe(out, config, resume, settings)
     chosen = runs.chosen_tasks(recipe, skip_bad)
     from tiny_onn.arc.solving import solve as solve_tasks

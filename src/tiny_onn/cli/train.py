@@ -45,7 +45,7 @@ def train(
         "seed": seed,
         "training.checkpoint_every": checkpoint_every,
     }
-    runs.use_threads(threads)
+    opt.use_threads(threads)
     recipe = runs.read_recipe(out, config, resume, settings)
     chosen = runs.chosen_tasks(recipe, skip_bad)
     from tiny_onn.arc.solving import train as train_tasks
