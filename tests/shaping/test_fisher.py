@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -15,6 +16,8 @@ from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer
 from tiny_onn.optim import ARS2Neo, param_groups
 from tiny_onn.routing import GroupedExperts, LinearRouter, MixtureOfExperts
 from tiny_onn.shaping import FisherShaper, RoutingShaper, fisher_cost
+from tiny_onn.shaping import fisher as fisher_module
+from tiny_onn.shaping.fisher import priced_entropy
 from tiny_onn.shaping.moments import MeanRoots, second_moments
 from tiny_onn.shaping.sites import Site, find_sites
 
@@ -314,6 +317,76 @@ def test_the_gradient_is_that_of_the_formula() -> None:
     expected = torch.autograd.grad(3 * 0.7 * torch.stack(terms).mean(), logits)
     for got, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+def formula(logits: Sequence[Tensor], prices: Sequence[Tensor], w: float, kept: Tensor) -> Tensor:
+    terms = []
+    for logits_NE, price_E in zip(logits, prices, strict=True):
+        p = logits_NE.float()[kept].softmax(-1)
+        terms.append((p * (price_E - w * p.log())).sum(-1).mean())
+    return torch.stack(terms).mean()
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("order", ["together", "main first", "main last", "twice", "alone"])
+@pytest.mark.parametrize("experts", [[3, 3], [3, 20]])
+def test_the_gradient_is_added_to_that_of_all_else(
+    experts: list[int], order: str, masked: bool
+) -> None:
+    x = torch.randn(10, D)
+    weights = [torch.randn(e, D, requires_grad=True) for e in experts]
+    prices = [torch.rand(e) for e in experts]
+    kept = torch.tensor([0, 1, 4, 5, 9]) if masked else torch.arange(10)
+
+    def gradients(own: bool) -> list[Tensor]:
+        logits = [x @ weight.t() for weight in weights]
+        main = torch.stack([(logits_NE.softmax(-1) ** 3).sum() for logits_NE in logits]).sum()
+        if own:
+            term = priced_entropy(logits, prices, 0.7, kept if masked else None)
+        else:
+            term = formula(logits, prices, 0.7, kept)
+        parts = {
+            "together": [3.0 * term + main],
+            "main first": [main, 3.0 * term],
+            "main last": [3.0 * term, main],
+            "twice": [main + term, 2.0 * term],
+            "alone": [3.0 * term],
+        }
+        for part in parts[order]:
+            part.backward(retain_graph=True)
+        found = [weight.grad for weight in weights if weight.grad is not None]
+        for weight in weights:
+            weight.grad = None
+        return found
+
+    for found, expected in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gradient_has_the_dtype_of_its_logits(dtype: torch.dtype) -> None:
+    logits = torch.randn(6, E).to(dtype).requires_grad_()
+    priced_entropy([logits], [torch.rand(E)], 1.0).backward()
+    assert logits.grad is not None and logits.grad.dtype == dtype and logits.grad.any()
+
+
+def test_no_gradient_is_computed_before_its_time() -> None:
+    """Though the routing loss comes last, and so is first in the backward pass."""
+    events = []
+    leaf = torch.randn(6, E, requires_grad=True)
+    logits = 2 * leaf
+    later = logits.softmax(-1)
+    later.register_hook(lambda grad: events.append("later"))
+    loss = (later**2).sum() + priced_entropy([logits], [torch.rand(E)], 1.0)
+    compute = fisher_module._gradient
+
+    def watched(*args: Any) -> Tensor:
+        events.append("own")
+        return compute(*args)
+
+    with mock.patch.object(fisher_module, "_gradient", watched):
+        loss.backward()
+    assert events == ["later", "own"]
 
 
 def test_auto_makes_the_cost_a_share_of_the_main_loss_and_then_freezes_it() -> None:

@@ -128,7 +128,7 @@ class ShapedRouting:
                     f"The last forward kept no logits of {site.name}. If it needn't pass there, "
                     "leave the site out: sites=[...]"
                 )
-        return [torch.cat(calls).float() for calls in self._calls]
+        return [(torch.cat(calls) if calls[1:] else calls[0]).float() for calls in self._calls]
 
     def loss(self, mask: Tensor | None = None, **options: Any) -> Tensor:
         """The shaping loss of the last forward, a scalar to add to the main loss; once a forward.

@@ -9,7 +9,7 @@ more tokens costs more of what it knows. FARS charges each token for the experts
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -112,19 +112,8 @@ class FisherShaper:
             costs = self._per_load(routes, costs)
         if self.needs_main_loss:
             self._adjust(routes, costs)
-        groups: dict[torch.Size, list[int]] = {}
-        for i, logits_NE in enumerate(routes.logits):
-            groups.setdefault(logits_NE.shape, []).append(i)
-        terms = [
-            len(group)
-            * _PricedEntropy.apply(
-                self._alpha * torch.stack([costs[i] for i in group]),
-                self.w_entropy,
-                *(routes.logits[i].float() for i in group),
-            )
-            for group in groups.values()
-        ]
-        return torch.stack(terms).sum() / len(routes.logits)
+        prices = [self._alpha * cost_E for cost_E in costs]
+        return priced_entropy(routes.routed, prices, self.w_entropy, routes.kept)
 
     def costs(self, sites: Sequence[Site], optimizer: Optimizer) -> list[Tensor]:
         """The relative cost ``[E]`` of every site's experts, one tensor a site.
@@ -218,55 +207,93 @@ class FisherShaper:
         self._loads = {name: torch.tensor(load) for name, load in state.get("loads", {}).items()}
 
 
-class _PricedEntropy(torch.autograd.Function):
-    """``mean(sum_e p_e (price_e - w log p_e))`` of ``p = softmax(logits)``, over sites and tokens.
+def priced_entropy(
+    logits: Sequence[Tensor], prices: Sequence[Tensor], w_entropy: float, kept: Tensor | None = None
+) -> Tensor:
+    """``mean(sum_e p_e (price_e - w_entropy log p_e))`` of ``p = softmax(logits)``, over tokens and
+    then over sites; a scalar.
 
-    Nothing is kept for the gradient but the logits of each site, which are there anyway.
+    Its gradient of a site's logits is not computed until that of all else is there, and added to
+    it: all sites' at once would be the most that a large model's backward pass ever holds.
+
+    Args:
+        logits: ``[N, E]`` of each site; prices: ``[E]`` of each.
+        kept: the places of the tokens that count, None for all.
     """
+    due: list[Tensor | None] = [None] * len(logits)
+
+    def add_to(site: int) -> Callable[[Tensor], Tensor | None]:
+        raw_NE, price_E = logits[site].detach(), prices[site]
+
+        def add(grad_NE: Tensor) -> Tensor | None:
+            share, due[site] = due[site], None
+            if share is None:
+                return None
+            own = _gradient(raw_NE, price_E, w_entropy, kept).mul_(share).to(grad_NE.dtype)
+            return grad_NE + own if kept is None else grad_NE.index_add(0, kept, own)
+
+        return add
+
+    for site, logits_NE in enumerate(logits):
+        if logits_NE.requires_grad:
+            logits_NE.register_hook(add_to(site))
+    return _PricedEntropy.apply(due, prices, w_entropy, kept, *logits)
+
+
+class _PricedEntropy(torch.autograd.Function):
+    """The value of :func:`priced_entropy`; of its gradient, only what each site's is to be
+    multiplied by."""
 
     @staticmethod
-    def forward(ctx: Any, price_SE: Tensor, w_entropy: float, *logits: Tensor) -> Tensor:
-        ctx.save_for_backward(price_SE, *logits)
-        ctx.w_entropy = w_entropy
-        paid = []
-        for price, stacked, experts, tokens in _portions(price_SE, logits):
-            if w_entropy:
-                log_p = stacked.log_softmax(experts)
-                p = log_p.exp()
-                paid.append(-w_entropy * torch.dot(p.flatten(), log_p.flatten()))
-            else:
-                p = stacked.softmax(experts)
-            paid.append(torch.dot(p.sum(tokens).flatten(), price.flatten()))
-        return torch.stack(paid).sum() / (len(logits) * len(logits[0]))
+    def forward(
+        ctx: Any,
+        due: list[Tensor | None],
+        prices: Sequence[Tensor],
+        w_entropy: float,
+        kept: Tensor | None,
+        *logits: Tensor,
+    ) -> Tensor:
+        ctx.due, ctx.like = due, [(x_NE.shape, x_NE.dtype) for x_NE in logits]
+        terms = [_value(*site, w_entropy, kept) for site in zip(logits, prices, strict=True)]
+        return torch.stack(terms).mean()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        price_SE, *logits = ctx.saved_tensors
-        w, share = ctx.w_entropy, grad / (len(logits) * len(logits[0]))
-        grads: list[Tensor] = []
-        for price, stacked, experts, tokens in _portions(price_SE, logits):
-            p = stacked.softmax(experts)
-            # As that of sum_e p_e q_e with q held fixed: of w sum_e p_e log p_e only p's share is
-            # left, and of log p the logits, as what is the same for all experts makes no
-            # difference.
-            price = price.unsqueeze(tokens)
-            q = torch.sub(price, stacked, alpha=w) if w else price.expand_as(p)
-            grad_logits = torch._softmax_backward_data(q, p, experts, p.dtype).mul_(share)
-            grads += grad_logits.movedim(experts, 2).unbind()
-        return None, None, *grads
+        ctx.due[:] = [grad / len(ctx.due)] * len(ctx.due)
+        zeros = [grad.new_zeros((), dtype=dtype).expand(shape) for shape, dtype in ctx.like]
+        return None, None, None, None, *zeros
 
 
-def _portions(
-    price_SE: Tensor, logits: Sequence[Tensor]
-) -> Iterator[tuple[Tensor, Tensor, int, int]]:
-    """Prices and stacked logits of the sites, and the logits' dimensions of experts and of tokens.
+def _value(logits_NE: Tensor, price_E: Tensor, w_entropy: float, kept: Tensor | None) -> Tensor:
+    x, experts = _along_tokens(logits_NE, kept)
+    if w_entropy:
+        log_p = x.log_softmax(experts)
+        p = log_p.exp()
+    else:
+        p = x.softmax(experts)
+    paid = torch.dot(p.sum(1 - experts), price_E)
+    if w_entropy:
+        paid -= w_entropy * torch.dot(p.flatten(), log_p.flatten())
+    return paid / (p.numel() // len(price_E))
 
-    A CPU takes one site after the other, which stay in its cache; and a softmax over a few numbers
-    side by side takes it several times as long as one across rows.
+
+def _gradient(logits_NE: Tensor, price_E: Tensor, w_entropy: float, kept: Tensor | None) -> Tensor:
+    """That of :func:`_value`, ``[N, E]`` of the tokens that count.
+
+    As that of ``sum_e p_e q_e`` with q held fixed: of ``w sum_e p_e log p_e`` only p's share is
+    left, and of ``log p`` the logits, as what is the same for all experts makes no difference.
     """
-    few = logits[0].shape[1] < 16
-    sites = 1 if logits[0].device.type == "cpu" else len(logits)
-    for i in range(0, len(logits), sites):
-        rows = [x_NE.t() if few else x_NE for x_NE in logits[i : i + sites]]
-        yield price_SE[i : i + sites], torch.stack(rows), *((1, 2) if few else (2, 1))
+    x, experts = _along_tokens(logits_NE, kept)
+    p = x.softmax(experts)
+    price = price_E.unsqueeze(1 - experts)
+    q = torch.sub(price, x, alpha=w_entropy) if w_entropy else price.expand_as(p)
+    grad = torch._softmax_backward_data(q, p, experts, p.dtype).div_(p.numel() // len(price_E))
+    return grad if experts else grad.t()
+
+
+def _along_tokens(logits_NE: Tensor, kept: Tensor | None) -> tuple[Tensor, int]:
+    """Logits in float32, of the tokens that count, and their dimension of experts: a softmax over
+    a few numbers side by side takes a CPU several times as long as one across rows."""
+    x_NE = (logits_NE if kept is None else logits_NE.index_select(0, kept)).float()
+    return (x_NE.t().contiguous(), 0) if x_NE.shape[1] < 16 else (x_NE, 1)

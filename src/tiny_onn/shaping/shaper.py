@@ -112,10 +112,9 @@ class RoutingShaper:
         if not self.strategies:
             return nothing
         kept = None if mask is None else _places(routing, mask)
-        logits = routing if kept is None else [x_NE.index_select(0, kept) for x_NE in routing]
-        if not len(logits[0]):
+        if not len(routing[0] if kept is None else kept):
             return nothing
-        routes = Routes(self.sites * rounds, logits, optimizer, kept, main_loss, self.w_meta)
+        routes = Routes(self.sites * rounds, routing, optimizer, kept, main_loss, self.w_meta)
         terms = [
             self.weights.get(name, 1.0) * strategy.loss(routes)
             for name, strategy in self.strategies.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -42,19 +43,26 @@ class Routes:
     Attributes:
         sites: the S routed sites, in the order of their logits; a site that is computed several
             times, as in a model with recurrences, stands there as often.
-        logits: raw router logits ``[N, E]`` of each site, float32, padding tokens left out.
+        routed: raw router logits ``[N, E]`` of each site, of all tokens, as the model made them.
         optimizer: what holds the experts' parameters; to be read only.
-        kept: the places ``[N]`` of these tokens among all that were routed, or None for all.
+        kept: the places of the tokens that count, or None for all.
         main_loss: the loss that the routing loss is added to, or None where it wasn't given.
         w_meta: weight of the routing loss.
     """
 
     sites: Sequence[Site]
-    logits: Sequence[Tensor]
+    routed: Sequence[Tensor]
     optimizer: Optimizer
     kept: Tensor | None = None
     main_loss: Tensor | None = None
     w_meta: float = 1.0
+
+    @cached_property
+    def logits(self) -> Sequence[Tensor]:
+        """The logits of the tokens that count."""
+        if self.kept is None:
+            return self.routed
+        return [x_NE.index_select(0, self.kept) for x_NE in self.routed]
 
 
 class UpdateWatch:

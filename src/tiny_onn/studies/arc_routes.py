@@ -59,7 +59,7 @@ class Routes:
             outputs = run.trainer.forward(batch)
             loss = arc_loss(shift(outputs.logits, batch.labels, batch.weights))
             kept = (batch.segment_ids >= 0).flatten().nonzero().squeeze(-1)
-            logits = [x_NE.index_select(0, kept).detach() for x_NE in outputs.router_logits]
+            logits = [x_NE.detach() for x_NE in outputs.router_logits]
             self._recorder.note(logits, run.optimizer, loss, kept)
 
     def figures(self, run: TrainingRun) -> dict[str, float]:
