@@ -16,9 +16,9 @@ from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer
 from tiny_onn.optim import ARS2Neo, param_groups
 from tiny_onn.routing import GroupedExperts, LinearRouter, MixtureOfExperts
 from tiny_onn.shaping import FisherShaper, RoutingShaper, fisher_cost
-from tiny_onn.shaping import fisher as fisher_module
-from tiny_onn.shaping.fisher import priced_entropy
+from tiny_onn.shaping import priced_entropy as term_module
 from tiny_onn.shaping.moments import MeanRoots, second_moments
+from tiny_onn.shaping.priced_entropy import priced_entropy
 from tiny_onn.shaping.sites import Site, find_sites
 
 D, E = 4, 3
@@ -378,13 +378,13 @@ def test_no_gradient_is_computed_before_its_time() -> None:
     later = logits.softmax(-1)
     later.register_hook(lambda grad: events.append("later"))
     loss = (later**2).sum() + priced_entropy([logits], [torch.rand(E)], 1.0)
-    compute = fisher_module._gradient
+    compute = term_module._gradient
 
     def watched(*args: Any) -> Tensor:
         events.append("own")
         return compute(*args)
 
-    with mock.patch.object(fisher_module, "_gradient", watched):
+    with mock.patch.object(term_module, "_gradient", watched):
         loss.backward()
     assert events == ["later", "own"]
 

@@ -9,15 +9,15 @@ more tokens costs more of what it knows. FARS charges each token for the experts
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 
 from tiny_onn.shaping.moments import MeanRoots, second_moments
+from tiny_onn.shaping.priced_entropy import priced_entropy
 from tiny_onn.shaping.sites import Routes, Site, UpdateWatch
 
 
@@ -205,95 +205,3 @@ class FisherShaper:
             self._alpha = state["cost_alpha"]
             self._updates_left, self._forwards = state["updates_left"], state["forwards"]
         self._loads = {name: torch.tensor(load) for name, load in state.get("loads", {}).items()}
-
-
-def priced_entropy(
-    logits: Sequence[Tensor], prices: Sequence[Tensor], w_entropy: float, kept: Tensor | None = None
-) -> Tensor:
-    """``mean(sum_e p_e (price_e - w_entropy log p_e))`` of ``p = softmax(logits)``, over tokens and
-    then over sites; a scalar.
-
-    Its gradient of a site's logits is not computed until that of all else is there, and added to
-    it: all sites' at once would be the most that a large model's backward pass ever holds.
-
-    Args:
-        logits: ``[N, E]`` of each site; prices: ``[E]`` of each.
-        kept: the places of the tokens that count, None for all.
-    """
-    due: list[Tensor | None] = [None] * len(logits)
-
-    def add_to(site: int) -> Callable[[Tensor], Tensor | None]:
-        raw_NE, price_E = logits[site].detach(), prices[site]
-
-        def add(grad_NE: Tensor) -> Tensor | None:
-            share, due[site] = due[site], None
-            if share is None:
-                return None
-            own = _gradient(raw_NE, price_E, w_entropy, kept).mul_(share).to(grad_NE.dtype)
-            return grad_NE + own if kept is None else grad_NE.index_add(0, kept, own)
-
-        return add
-
-    for site, logits_NE in enumerate(logits):
-        if logits_NE.requires_grad:
-            logits_NE.register_hook(add_to(site))
-    return _PricedEntropy.apply(due, prices, w_entropy, kept, *logits)
-
-
-class _PricedEntropy(torch.autograd.Function):
-    """The value of :func:`priced_entropy`; of its gradient, only what each site's is to be
-    multiplied by."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        due: list[Tensor | None],
-        prices: Sequence[Tensor],
-        w_entropy: float,
-        kept: Tensor | None,
-        *logits: Tensor,
-    ) -> Tensor:
-        ctx.due, ctx.like = due, [(x_NE.shape, x_NE.dtype) for x_NE in logits]
-        terms = [_value(*site, w_entropy, kept) for site in zip(logits, prices, strict=True)]
-        return torch.stack(terms).mean()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.due[:] = [grad / len(ctx.due)] * len(ctx.due)
-        zeros = [grad.new_zeros((), dtype=dtype).expand(shape) for shape, dtype in ctx.like]
-        return None, None, None, None, *zeros
-
-
-def _value(logits_NE: Tensor, price_E: Tensor, w_entropy: float, kept: Tensor | None) -> Tensor:
-    x, experts = _along_tokens(logits_NE, kept)
-    if w_entropy:
-        log_p = x.log_softmax(experts)
-        p = log_p.exp()
-    else:
-        p = x.softmax(experts)
-    paid = torch.dot(p.sum(1 - experts), price_E)
-    if w_entropy:
-        paid -= w_entropy * torch.dot(p.flatten(), log_p.flatten())
-    return paid / (p.numel() // len(price_E))
-
-
-def _gradient(logits_NE: Tensor, price_E: Tensor, w_entropy: float, kept: Tensor | None) -> Tensor:
-    """That of :func:`_value`, ``[N, E]`` of the tokens that count.
-
-    As that of ``sum_e p_e q_e`` with q held fixed: of ``w sum_e p_e log p_e`` only p's share is
-    left, and of ``log p`` the logits, as what is the same for all experts makes no difference.
-    """
-    x, experts = _along_tokens(logits_NE, kept)
-    p = x.softmax(experts)
-    price = price_E.unsqueeze(1 - experts)
-    q = torch.sub(price, x, alpha=w_entropy) if w_entropy else price.expand_as(p)
-    grad = torch._softmax_backward_data(q, p, experts, p.dtype).div_(p.numel() // len(price_E))
-    return grad if experts else grad.t()
-
-
-def _along_tokens(logits_NE: Tensor, kept: Tensor | None) -> tuple[Tensor, int]:
-    """Logits in float32, of the tokens that count, and their dimension of experts: a softmax over
-    a few numbers side by side takes a CPU several times as long as one across rows."""
-    x_NE = (logits_NE if kept is None else logits_NE.index_select(0, kept)).float()
-    return (x_NE.t().contiguous(), 0) if x_NE.shape[1] < 16 else (x_NE, 1)
