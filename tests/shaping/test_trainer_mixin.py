@@ -159,6 +159,13 @@ def test_the_weight_of_the_cost_follows_the_main_loss(parts: int, make_trainer: 
     assert not again.shaping.shaper.needs_main_loss
 
 
+def test_sars_reads_the_main_loss_in_a_trainer(make_trainer: Any) -> None:
+    trainer = make_trainer(make_model("tiny_onn"), {"strategy": "sars"})
+    trainer.train()
+    terms = logged(trainer, "shaping_loss")
+    assert len(set(terms)) == 3 and all(0 < term < 1 for term in terms)
+
+
 def test_a_loss_that_says_it_is_scaled_is_believed(make_trainer: Any) -> None:
     trainer = make_trainer(make_model("olmoe"))
     for said in (True, False):
