@@ -77,6 +77,20 @@ def test_figures_are_logged_when_they_are_due(tasks, often):
     assert 0 < rows[4]["jitter"] < 1 and 0 < rows[4]["consistency"] < 1
 
 
+def test_each_site_is_counted_with_the_experts_it_chooses(tasks):
+    """Three heads can't be shared out to two experts, so attention chooses one."""
+    model = replace(TINY.model, num_attention_heads=3, head_dim=16, num_recurrences=2)
+    run = TrainingRun(tasks, replace(TINY, model=model))
+    next(iter(run.train()))
+    logits, mask = run.trainer.last_routes
+    assert len(logits) == 4
+    for load_E, logits_NE, chosen in zip(run.routes.monitor.load, logits, [1, 2] * 2, strict=True):
+        picked = logits_NE[mask.flatten()].topk(chosen).indices.flatten()
+        torch.testing.assert_close(load_E, picked.bincount(minlength=4) / len(picked))
+    top_share = max(float(load_E.max()) for load_E in run.routes.monitor.load)
+    assert run.trainer.routing().top_share <= top_share
+
+
 def test_the_probe_is_part_of_the_first_batch_and_takes_nothing_away(tasks):
     run, other = TrainingRun(tasks, TINY), TrainingRun(tasks, TINY)
     probe = run.routes._probe

@@ -65,7 +65,7 @@ class RouteLog:
     ) -> None:
         self.trainer = trainer
         self.sites = shaper.sites
-        top_k = trainer.model.config.num_experts_per_tok
+        top_k = trainer.model.model.experts_per_site
         self.monitor = RoutingMonitor(top_k, num_tasks, window=_WINDOW)
         self._probe = _probe_batch(stream)
         self._steps: list[int] = []

@@ -114,7 +114,7 @@ class ARCTrainer:
 
     def routing(self) -> RoutingStatistics:
         """Statistics of the last batch's routes."""
-        top_k = self.model.config.num_experts_per_tok
+        top_k = self.model.model.experts_per_site
         return routing_statistics(self._router_logits, top_k, self._mask)
 
     @property

@@ -38,12 +38,15 @@ class RoutingStatistics(NamedTuple):
 
 
 def routing_statistics(
-    router_logits: Sequence[Tensor], num_experts_per_tok: int, mask: Tensor | None = None
+    router_logits: Sequence[Tensor],
+    num_experts_per_tok: int | Sequence[int],
+    mask: Tensor | None = None,
 ) -> RoutingStatistics:
     """Statistics of one batch's raw router logits ``[N, E]``, one tensor a site; one host read in
     all. :class:`RoutingMonitor` gives more, over many batches.
 
     Args:
+        num_experts_per_tok: K, or one of each site.
         mask: N entries in any shape, 0 or False for the tokens that do not count.
     """
     monitor = RoutingMonitor(num_experts_per_tok)

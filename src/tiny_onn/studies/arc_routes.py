@@ -81,7 +81,7 @@ class Routes:
         tasks = list(load_tasks("arcagi", ids=run.task_ids))
         stream = DemonstrationStream(tasks, run.recipe.batches, FRESH_SEED)
         self._fresh = [stream.next_batch() for _ in range(FRESH_BATCHES)]
-        top_k = [site.num_experts_per_tok for site in run.shaper.sites]
+        top_k = run.model.model.experts_per_site
         self._monitor = RoutingMonitor(top_k, num_groups=len(tasks))
         if self._record:
             self._recorder = CostRecorder(run.model, run.shaper.sites)
