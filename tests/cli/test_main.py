@@ -16,31 +16,12 @@ TASK = {
     ],
     "test": [{"input": [[3, 0]], "output": [[0, 3]]}],
 }
-SMALL = """
-[model]
-hidden_size = 32
-num_hidden_layers = 1
-num_attention_heads = 2
-moe_intermediate_size = 32
-[batches]
-batch_tokens = 256
-[decode]
-views = 8
-hopeless = 5.0
-"""
 
 
 @pytest.fixture
 def task_file(tmp_path):
     path = tmp_path / "mirror.json"
     path.write_text(json.dumps(TASK), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def recipe(tmp_path):
-    path = tmp_path / "small.toml"
-    path.write_text(SMALL, encoding="utf-8")
     return path
 
 

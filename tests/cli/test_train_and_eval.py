@@ -11,19 +11,6 @@ import pytest
 
 from tiny_onn.cli import main as cli
 
-RECIPE = """
-[model]
-hidden_size = 32
-num_hidden_layers = 1
-num_attention_heads = 2
-moe_intermediate_size = 32
-[batches]
-batch_tokens = 256
-[decode]
-views = 8
-hopeless = 5.0
-"""
-
 
 def mirror(*colours, answers=True):
     train = [{"input": [[c, 0]], "output": [[0, c]]} for c in colours]
@@ -32,8 +19,8 @@ def mirror(*colours, answers=True):
 
 
 @pytest.fixture
-def place(tmp_path):
-    (tmp_path / "small.toml").write_text(RECIPE, encoding="utf-8")
+def place(tmp_path, recipe):
+    """A folder with tasks, the same without answers, and small.toml."""
     for name, answers in (("tasks", True), ("hidden", False)):
         (tmp_path / name).mkdir()
         for task, colours in (("one", (1, 2)), ("two", (3, 4)), ("three", (5, 6))):

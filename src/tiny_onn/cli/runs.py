@@ -18,6 +18,29 @@ if TYPE_CHECKING:
     from tiny_onn.arc.tasks import TaskSet
 
 
+def settings(
+    data: str | None,
+    tasks: list[str] | None,
+    max_cells: int | None,
+    split: str | None,
+    minutes: float | None,
+    steps: int | None,
+    seed: int | None,
+    checkpoint_every: int | None,
+) -> dict[str, Any]:
+    """Which setting of a recipe each option stands for, by dotted name."""
+    return {
+        "data.source": data,
+        "data.tasks": tasks,
+        "data.max_cells": max_cells,
+        "data.split": split,
+        "schedule.minutes": minutes,
+        "schedule.steps": steps,
+        "seed": seed,
+        "training.checkpoint_every": checkpoint_every,
+    }
+
+
 def read_recipe(out: Path, config: Path | None, resume: bool, settings: dict[str, Any]) -> Recipe:
     """The settings of a run.
 

@@ -27,17 +27,8 @@ def solve(
     debug: opt.Debug = False,
 ) -> None:
     """Train on the demonstrations of the chosen tasks; answer each test input twice."""
-    settings = {
-        "data.source": data,
-        "data.tasks": tasks,
-        "data.max_cells": max_cells,
-        "data.split": split,
-        "schedule.minutes": minutes,
-        "schedule.steps": steps,
-        "seed": seed,
-        "training.checkpoint_every": checkpoint_every,
-    }
     opt.use_threads(threads)
+    settings = runs.settings(data, tasks, max_cells, split, minutes, steps, seed, checkpoint_every)
     recipe = runs.read_recipe(out, config, resume, settings)
     chosen = runs.chosen_tasks(recipe, skip_bad)
     from tiny_onn.arc.solving import solve as solve_tasks

@@ -35,17 +35,8 @@ def train(
     debug: opt.Debug = False,
 ) -> None:
     """Train a checkpoint on the demonstrations of the chosen tasks; eval answers their tests."""
-    settings = {
-        "data.source": data,
-        "data.tasks": tasks,
-        "data.max_cells": max_cells,
-        "data.split": split,
-        "schedule.minutes": minutes,
-        "schedule.steps": steps,
-        "seed": seed,
-        "training.checkpoint_every": checkpoint_every,
-    }
     opt.use_threads(threads)
+    settings = runs.settings(data, tasks, max_cells, split, minutes, steps, seed, checkpoint_every)
     recipe = runs.read_recipe(out, config, resume, settings)
     chosen = runs.chosen_tasks(recipe, skip_bad)
     from tiny_onn.arc.solving import train as train_tasks
